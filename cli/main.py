@@ -1,0 +1,17 @@
+"""The `tandem` command: one file per verb. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+from cli.app import app
+from cli.bench import bench
+from cli.down import down
+from cli.drain import drain
+from cli.generate import generate
+from cli.status import status
+from cli.up import up
+
+for verb in (up, down, status, generate, bench, drain):
+    app.command()(verb)
+
+if __name__ == "__main__":
+    app(prog_name="tandem")

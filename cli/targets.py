@@ -1,0 +1,164 @@
+"""What a benchmark can be pointed at: a Tandem cluster over gRPC, or anything with an OpenAI-compatible URL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import h11
+
+from cli.load import Job, prompt_ids
+from tandem import AsyncClient, SamplingParams
+from tandem.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    OverloadedError,
+    TandemError,
+    UnavailableError,
+)
+
+CONNECT_TIMEOUT_S = 10.0
+_READ_BYTES = 65_536
+_WORDS = ("def", "self", "return", "value", "index", "for", "in", "range", "if", "None", "import", "class", "name", "error")
+
+
+class GrpcTarget:
+    """Prompts are random token ids, so that their length is exact."""
+
+    def __init__(self, client: AsyncClient, vocab_size: int, timeout_s: float) -> None:
+        self._client = client
+        self._vocab_size = vocab_size
+        self._timeout_s = timeout_s
+
+    async def answer(self, job: Job) -> AsyncIterator[int]:
+        prompt = prompt_ids(job, self._vocab_size)
+        sampling = SamplingParams(max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True)
+        async with self._client.stream(prompt, sampling, timeout_s=self._timeout_s) as stream:
+            async for token in stream:
+                if token.token_id >= 0:
+                    yield 1
+
+
+@asynccontextmanager
+async def open_grpc(address: str, timeout_s: float) -> AsyncIterator[GrpcTarget]:
+    """Raises UnavailableError when nobody answers there."""
+    async with AsyncClient(address, max_retries=0) as client:
+        model = await client.model()
+        yield GrpcTarget(client, model.vocab_size, timeout_s)
+
+
+class HttpTarget:
+    """`POST /v1/completions` with streaming. A chunk with text counts as one token; prompts are words, about one token each."""
+
+    def __init__(self, base: SplitResult, model: str, timeout_s: float) -> None:
+        self._base = base
+        self._model = model
+        self._timeout_s = timeout_s
+
+    async def answer(self, job: Job) -> AsyncIterator[int]:
+        rng = random.Random(job.seed)
+        body = {
+            "model": self._model,
+            "prompt": " ".join(rng.choice(_WORDS) for _ in range(job.prompt_tokens)),
+            "max_tokens": job.max_tokens,
+            "temperature": 0.0,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_s
+        async with aclosing(_events(self._base, "/v1/completions", body)) as events:
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        event = await anext(events)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise DeadlineExceededError(f"no complete answer within {self._timeout_s:g} s") from None
+                if any(choice.get("text") for choice in event.get("choices", ())):
+                    yield 1
+
+
+@asynccontextmanager
+async def open_http(url: str, timeout_s: float) -> AsyncIterator[HttpTarget]:
+    """`url` is the server's root, with or without `/v1`. Raises UnavailableError when nobody answers there."""
+    base = urlsplit(url if "://" in url else f"http://{url}")
+    if base.scheme != "http" or not base.hostname:
+        raise InvalidRequestError(f"--url must look like http://HOST:PORT, got {url!r}")
+    base = base._replace(path=base.path.rstrip("/").removesuffix("/v1"))
+    async with asyncio.timeout(CONNECT_TIMEOUT_S), aclosing(_events(base, "/v1/models", None)) as events:
+        models = await anext(events)
+    yield HttpTarget(base, models["data"][0]["id"], timeout_s)
+
+
+async def _events(base: SplitResult, path: str, body: dict[str, Any] | None) -> AsyncGenerator[dict[str, Any], None]:
+    """JSON objects of an answer: each `data:` line of an event stream, or the one object of a plain answer."""
+    host, port = base.hostname or "", base.port or 80
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(host, port)
+    except (OSError, TimeoutError) as error:
+        raise UnavailableError(f"nobody answers at {host}:{port}: {error}") from None
+    try:
+        connection = h11.Connection(h11.CLIENT)
+        data = b"" if body is None else json.dumps(body).encode()
+        headers = [("Host", f"{host}:{port}"), ("Content-Type", "application/json"), ("Content-Length", str(len(data)))]
+        head = h11.Request(method="GET" if body is None else "POST", target=base.path + path, headers=headers)
+        for event in (head, h11.Data(data=data), h11.EndOfMessage()):
+            writer.write(connection.send(event) or b"")
+        async for found in _parse(connection, reader):
+            yield found
+    except (OSError, h11.RemoteProtocolError) as error:
+        raise UnavailableError(f"the connection to {host}:{port} broke: {error}") from None
+    finally:
+        writer.close()
+
+
+async def _parse(connection: h11.Connection, reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    status, streaming, pending = 0, False, b""
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            connection.receive_data(await reader.read(_READ_BYTES))
+        elif isinstance(event, h11.Response):
+            status = event.status_code
+            streaming = status == 200 and dict(event.headers).get(b"content-type", b"").startswith(b"text/event-stream")
+        elif isinstance(event, h11.Data):
+            pending += event.data
+            while streaming and b"\n" in pending:
+                line, _, pending = pending.partition(b"\n")
+                if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
+                    found = json.loads(line[5:])
+                    if "error" in found:
+                        raise _error(500, found)
+                    yield found
+        elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
+            break
+    if not streaming:
+        found = _json(pending)
+        if status != 200:
+            raise _error(status, found)
+        yield found
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"error": {"message": data[:200].decode(errors="replace")}}
+
+
+def _error(status: int, body: dict[str, Any]) -> TandemError:
+    detail = body.get("error")
+    message = detail.get("message", "") if isinstance(detail, dict) else str(detail)
+    kind = {429: OverloadedError, 503: UnavailableError, 504: DeadlineExceededError}.get(status, TandemError)
+    if status in (400, 404, 422):
+        kind = InvalidRequestError
+    return kind(message or f"HTTP status {status}")

@@ -1,0 +1,1 @@
+"""Composition root and control loop: starts, watches and replaces workers."""

@@ -1,0 +1,1 @@
+"""Nouns of the whole system. A thing enters when three rooms need it."""

@@ -1,0 +1,210 @@
+"""The one configuration tree: frozen, typed, loaded once. The only file that reads the environment.
+
+Each room receives its own branch (`EngineConfig`, never `Config`). Unknown keys are refused with their path.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from core.errors import ConfigError
+
+DEMO_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "demo")
+
+
+class _Branch(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(_Branch):
+    path: str = DEMO_MODEL
+    """A Hugging Face directory or a Hub id."""
+    name: str = ""
+    """Name shown to clients; empty: the last part of `path`."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    max_model_len: int | None = Field(None, ge=16)
+    """Context in tokens; None: what the model advertises."""
+
+
+class EngineConfig(_Branch):
+    block_size: int = Field(16, ge=4, le=256)
+    """Tokens per KV block."""
+    kv_bytes: ByteSize = Field(ByteSize(128 * 2**20), ge=2**16)
+    """Memory for KV blocks of one worker."""
+    max_running: int = Field(64, ge=1, le=4096)
+    """Sequences in one step."""
+    max_step_tokens: int = Field(256, ge=16)
+    """Tokens computed in one step: the chunk size of chunked prefill."""
+    max_waiting: int = Field(1024, ge=1)
+    prefix_cache: bool = True
+    threads: int = Field(1, ge=1)
+    """Torch threads of one worker. Token sequences are the same for the same number of threads."""
+
+
+class TcpConfig(_Branch):
+    bind: str = ""
+    """Where blocks are served over raw sockets, HOST:PORT; empty: any free port of the address the worker listens on."""
+    connections: int = Field(2, ge=1, le=8)
+    """Of one transfer; small ones take one."""
+    secret_file: str = ""
+    """Known to all workers, 16 bytes or more; whoever does not hold it is turned away."""
+    cert: str = ""
+    """TLS with certificates on both ends, PEM files: this worker's certificate."""
+    key: str = ""
+    ca: str = ""
+    """The authority that signed all workers' certificates, and nothing else."""
+
+
+class TransferConfig(_Branch):
+    transport: Literal["auto", "loopback", "shm", "grpc", "tcp", "collective"] = "auto"
+    lease_s: float = Field(10.0, gt=0)
+    lease_margin_s: float = Field(1.0, ge=0)
+    """The puller counts its lease shorter by this much."""
+    digest: bool = True
+    pull_timeout_s: float = Field(30.0, gt=0)
+    shm_dir: str = "/dev/shm"
+    tcp: TcpConfig = TcpConfig()
+
+
+class RouterConfig(_Branch):
+    grpc: str = "127.0.0.1:0"
+    http: str = "127.0.0.1:0"
+    policy: str = "least_load"
+    max_queue: int = Field(1024, ge=0)
+    """Requests waiting for a place, beyond which new ones are refused."""
+    max_attempts: int = Field(8, ge=1)
+    """Placements of one request before it fails."""
+    queue_timeout_s: float = Field(60.0, gt=0)
+    request_timeout_s: float = Field(600.0, gt=0)
+    session_lease_s: float = Field(5.0, gt=0)
+    """How long a worker keeps attempts of a router it lost."""
+    slow_client_s: float = Field(30.0, gt=0)
+    """A client that reads nothing for this long is cancelled."""
+    max_body_bytes: ByteSize = Field(ByteSize(8 * 2**20), ge=1024)
+
+
+class ClusterConfig(_Branch):
+    launcher: Literal["ray", "local"] = "ray"
+    prefill: int = Field(1, ge=0)
+    decode: int = Field(1, ge=0)
+    colocated: int = Field(0, ge=0)
+    admin: str = "127.0.0.1:0"
+    grace_s: float = Field(10.0, ge=0)
+    heartbeat_s: float = Field(0.5, gt=0)
+    dead_after_s: float = Field(5.0, gt=0)
+    start_timeout_s: float = Field(120.0, gt=0)
+    ray_address: str = ""
+    """Empty: start a local Ray; otherwise join this cluster."""
+    object_store_bytes: ByteSize = Field(ByteSize(80 * 2**20), ge=75 * 2**20)
+    """Object store of a local Ray. Nothing of ours travels through it; Ray refuses less than 75 MiB."""
+
+    @model_validator(mode="after")
+    def _silence_is_longer_than_a_heartbeat(self) -> Self:
+        if self.dead_after_s < 2 * self.heartbeat_s:
+            raise ValueError(f"dead_after_s ({self.dead_after_s:g}) must be at least twice heartbeat_s ({self.heartbeat_s:g})")
+        return self
+
+
+class Config(_Branch):
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    transfer: TransferConfig = TransferConfig()
+    router: RouterConfig = RouterConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    redis: str = ""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def load(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Reads a YAML file and lays `overrides` ("engine.threads": 2) over it.
+
+    Raises ConfigError naming every unknown key and bad value with its path and, for malformed YAML, the line.
+    """
+    tree = _read(path) if path else {}
+    for dotted, value in (overrides or {}).items():
+        _set(tree, dotted.split("."), value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {_explain(e)}" for e in error.errors()]
+        where = f" in {path}" if path else ""
+        raise ConfigError(f"the configuration{where} cannot be used:\n" + "\n".join(lines)) from None
+
+
+def prepare_grpc() -> None:
+    """Tells gRPC not to prepare for forks that continue without exec, which we never do. Call before `import grpc`."""
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+
+def prepare_ray(token: str) -> None:
+    """Sets what Ray reads from the environment; call before `import ray`.
+
+    Usage statistics stay off, every log line reaches the driver, and a Ray of our own listens on loopback alone and
+    serves nobody without `token`, because whoever may submit a task runs code as us. An empty token (joining a
+    cluster) leaves its own settings as they are.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_DEDUP_LOGS"] = "0"
+    os.environ["RAY_DISABLE_WORKER_LOG_PREFIX"] = "1"  # our lines carry the worker's name
+    os.environ["RAY_COLOR_PREFIX"] = "0"
+    os.environ["RAY_SCHEDULER_EVENTS"] = "0"
+    if token:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # without it Ray binds every interface
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = token
+        os.environ.pop("RAY_ADDRESS", None)  # an address left over from another cluster must not be joined
+
+
+def pin_threads(threads: int) -> None:
+    """Threads of OpenMP pools made later in this process, the same whatever launched it."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def state_dir() -> Path:
+    """Where running clusters of this user leave their addresses; made for its owner alone when missing."""
+    path = Path(tempfile.gettempdir()) / f"tandem-{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.is_symlink() or path.stat().st_uid != os.getuid():
+        raise ConfigError(f"{path} belongs to somebody else; remove it or set TMPDIR to a directory of yours")
+    return path
+
+
+def hub_token() -> str | None:
+    """Credential for private models on the Hub."""
+    return os.environ.get("HF_TOKEN") or None
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold keys and values at the top, found {type(tree).__name__}")
+    return tree
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        branch = tree.setdefault(key, {})
+        if not isinstance(branch, dict):
+            raise ConfigError(f"{key} must be a group of keys, found {branch!r}")
+        tree = branch
+    tree[keys[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown key; remove it or check its spelling"
+    return f"{error['msg']} (got {error['input']!r})"

@@ -1,0 +1,1 @@
+"""Workers that continue requests token by token."""

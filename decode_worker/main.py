@@ -1,0 +1,99 @@
+"""Wires a decode worker, or a colocated one: the engine with its role, the puller of hand-offs, the Decode service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from prometheus_client.core import Metric
+
+from core.hostspec import HostSpec
+from core.request import WorkerRole
+from core.service import Registration
+from core.telemetry import histogram_family
+from decode_worker.ingest import Ingests
+from decode_worker.role import DecodeRole
+from decode_worker.service import DecodeHandler
+from engine.output import StepOutput
+from kvtransfer.channels import Channels
+from kvtransfer.plane import build_transports
+from kvtransfer.puller import Puller
+from tandem.v1 import decode_pb2_grpc
+from worker.collectors import counters, gauge
+from worker.colocated import ColocatedRole
+from worker.session import SessionServicer
+from worker.shell import Base, WorkerInfo, WorkerKind, run_worker
+
+
+class DecodeParts:
+    """What makes a worker a decode worker: reservations, and the transports that fill them."""
+
+    def __init__(self, base: Base) -> None:
+        spec, node, clock = base.spec, base.node, base.clock
+        config = spec.config
+        self._channels = Channels()
+        self._transports = build_transports(config.transfer, node.arena.bytes_view(), self._channels)
+        self._puller = Puller(
+            node.layout,
+            node.inventory,
+            self._transports,
+            self._channels,
+            config.transfer,
+            clock,
+            puller_id=spec.worker_id,
+            host_id=base.host_id,
+        )
+        self._ingests = Ingests(self._puller, node.inventory, node.root_key, config.engine, clock)
+        self.handler = DecodeHandler(base.engine, base.links, self._ingests, node.inventory, clock, config.engine.max_running)
+        self._ingests.bind(self.handler)
+
+    def registrations(self, session: SessionServicer) -> list[Registration]:
+        return [Registration("tandem.v1.Decode", decode_pb2_grpc.add_DecodeServicer_to_server, session)]
+
+    def on_step(self, output: StepOutput, started: float) -> None:
+        self.handler.on_step(output, started)
+
+    def tick(self) -> None:
+        self._ingests.expire()
+
+    def pending(self) -> int:
+        return len(self._ingests)
+
+    def collect(self) -> Iterable[Metric]:
+        transfers, stats = self.handler.transfers, self._puller.stats
+        yield gauge("tandem_kv_reservations", "Hand-offs that memory is set aside for.", len(self._ingests))
+        yield histogram_family(
+            "tandem_kv_transfer_seconds", "Time in transports per hand-off taken in.", [(transfers.seconds, {})]
+        )
+        yield histogram_family(
+            "tandem_kv_transfer_exposed_seconds",
+            "Part of a transfer after prefill had ended, per hand-off.",
+            [(transfers.exposed_s, {})],
+        )
+        yield histogram_family("tandem_kv_transfer_bytes", "Bytes moved per hand-off.", [(transfers.bytes, {})])
+        by_name = [((name,), count) for name, count in stats.bytes.items()]
+        yield counters("tandem_kv_transferred_bytes_total", "Bytes moved, by transport.", ("transport",), by_name)
+        yield counters(
+            "tandem_kv_transport_fallbacks_total",
+            "Pulls that went on over another transport.",
+            ("failed", "next"),
+            stats.fallbacks.items(),
+        )
+        failures = [((code,), count) for code, count in stats.failures.items()]
+        yield counters("tandem_kv_transfer_failures_total", "Hand-offs that failed, by error code.", ("code",), failures)
+
+    async def close(self) -> None:
+        await self._ingests.close()
+        await self._puller.close()
+        for transport in self._transports.values():
+            await transport.close()
+        await self._channels.close()
+
+
+DECODE = WorkerKind(role=lambda config: DecodeRole(), assemble=DecodeParts)
+COLOCATED = WorkerKind(role=lambda config: ColocatedRole(), assemble=DecodeParts)
+
+
+async def run(spec: HostSpec, stop: asyncio.Event, on_ready: Callable[[WorkerInfo], None] | None = None) -> None:
+    """Runs a decode or colocated worker until `stop` is set; see `worker.shell.run_worker`."""
+    await run_worker(spec, stop, COLOCATED if spec.role is WorkerRole.COLOCATED else DECODE, on_ready)

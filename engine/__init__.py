@@ -1,0 +1,1 @@
+"""One replica's compute: a step loop, a scheduler and an executor. Imports no transport."""

@@ -1,0 +1,1 @@
+"""The KV plane: arenas, transports and hand-offs."""

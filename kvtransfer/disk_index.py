@@ -1,0 +1,126 @@
+"""What is on disk and where, which segment goes first and what of it is worth keeping. Deciding code.
+
+Segments are dropped in the order they were written. Before one goes, records that were read since they were written there
+get a second chance: they are copied into the segment being written, which makes them unread again. So use is judged block
+by block (a segment kept for one hot block would keep all its cold ones), as CLOCK does, and files are only ever appended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from core.blocks import BlockKey
+from kvtransfer.segments import Geometry
+
+
+class Record(NamedTuple):
+    """Where a block's bytes are and what their digest must be; never changed, so a stale one cannot name other bytes."""
+
+    segment: int
+    slot: int
+    digest: int
+    written_s: float
+
+
+@dataclass(slots=True)
+class _Segment:
+    geometry: Geometry
+    used: int  # slots written, evicted ones included
+    keys: dict[int, BlockKey] = field(default_factory=dict)  # by slot
+    read: dict[int, None] = field(default_factory=dict)  # slots, the latest read last
+
+
+class DiskIndex:
+    """Not thread-safe: its owner has a lock."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._records: dict[BlockKey, Record] = {}
+        self._segments: dict[int, _Segment] = {}  # oldest first
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._records
+
+    def __iter__(self) -> Iterator[BlockKey]:
+        return iter(self._records)
+
+    @property
+    def bytes(self) -> int:
+        """On disk, headers and what was evicted inside kept segments included."""
+        return sum(s.geometry.bytes_with(s.used) for s in self._segments.values())
+
+    @property
+    def segments(self) -> list[int]:
+        return list(self._segments)
+
+    def find(self, key: BlockKey) -> Record | None:
+        return self._records.get(key)
+
+    def use(self, key: BlockKey) -> Record | None:
+        """Like `find`, for a read: what is read stays longer."""
+        record = self._records.get(key)
+        if record is not None:
+            read = self._segments[record.segment].read
+            read.pop(record.slot, None)
+            read[record.slot] = None
+        return record
+
+    def add_segment(self, segment: int, geometry: Geometry, used: int = 0) -> None:
+        assert segment not in self._segments, f"segment {segment} is there already"
+        self._segments[segment] = _Segment(geometry, used)
+
+    def extend(self, segment: int, used: int) -> None:
+        """The segment's file has grown to `used` slots."""
+        assert self._segments[segment].used <= used <= self._segments[segment].geometry.slots, "a file grows at its end"
+        self._segments[segment].used = used
+
+    def add(self, key: BlockKey, record: Record) -> None:
+        """Makes a record of a slot in use findable. A key that was elsewhere is from now on here."""
+        self.drop(key)
+        self._segments[record.segment].keys[record.slot] = key
+        self._records[key] = record
+
+    def drop(self, key: BlockKey, only: Record | None = None) -> Record | None:
+        """Forgets a key (when it still is at `only`, if given) and says where it was."""
+        record = self._records.get(key)
+        if record is None or (only is not None and record != only):
+            return None
+        del self._records[key]
+        segment = self._segments[record.segment]
+        del segment.keys[record.slot]
+        segment.read.pop(record.slot, None)
+        return record
+
+    def victim(self, room_bytes: int) -> int | None:
+        """The segment to drop so that `room_bytes` more may be written; None when there is room."""
+        if self.bytes + room_bytes <= self._bytes_max:
+            return None
+        return next(iter(self._segments), None)
+
+    def worth_keeping(self, segment: int, count_max: int) -> list[BlockKey]:
+        """Keys of a segment that were read since they were written there, the latest read first."""
+        found = self._segments[segment]
+        return [found.keys[slot] for slot in list(reversed(found.read))[:count_max]]
+
+    def keys_of(self, segment: int) -> list[BlockKey]:
+        """By slot."""
+        found = self._segments[segment]
+        return [found.keys[slot] for slot in sorted(found.keys)]
+
+    def drop_segment(self, segment: int) -> list[Record]:
+        """Forgets a segment and all that is in it; returns what was."""
+        gone = self._segments.pop(segment)
+        return [self._records.pop(key) for key in gone.keys.values()]
+
+    def check(self) -> None:
+        """Asserts that records and segments agree."""
+        listed = {(s, slot): key for s, segment in self._segments.items() for slot, key in segment.keys.items()}
+        assert listed == {(r.segment, r.slot): key for key, r in self._records.items()}, "records and segments disagree"
+        for segment in self._segments.values():
+            assert segment.read.keys() <= segment.keys.keys(), "a record that is gone was read"
+            assert all(slot < segment.used <= segment.geometry.slots for slot in segment.keys), "a record behind the end"

@@ -1,0 +1,271 @@
+"""The destination's side of a hand-off: follows a ticket and fills blocks of its own as they are announced."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from core.blocks import BlockKey, BlockRecord, Closing, KvLayout, KvSource, KvTicket
+from core.clock import Clock
+from core.config import TransferConfig
+from core.errors import LayoutMismatchError, LeaseExpiredError, StaleEpochError, TransferError
+from core.inventory import Inventory
+from kvtransfer.channels import Channels
+from kvtransfer.choose import transport_order
+from kvtransfer.codec import check_codec
+from kvtransfer.following import Following, SourceGoneError
+from kvtransfer.handoff import Ingest
+from kvtransfer.transport import BlocksGoneError, PullResult, Transport
+
+log = logging.getLogger(__name__)
+
+DEMOTED_S = 30.0  # a transport that failed with a source is tried last for so long
+
+
+@dataclass(slots=True)
+class IngestPlan:
+    """What the caller wants and where. It holds one reference on every block in `blocks`, before, during and after the pull.
+
+    `blocks[place]` is the block for that place of the request. The list is kept up to date in place: when a landed block
+    turns out to be resident already under its key, the reference moves to the resident one. So it names what the caller
+    holds also after a failure or a cancellation.
+    """
+
+    keys: Sequence[BlockKey]
+    """Of the full blocks, computed from the caller's own tokens."""
+    num_tokens: int
+    blocks: list[int]
+    local: frozenset[int] = frozenset()
+    """Places whose blocks hold their KV already."""
+
+
+@dataclass(frozen=True, slots=True)
+class IngestResult:
+    closing: Closing
+    bytes: int
+    transfer_s: float
+    """Time spent in transports."""
+    transfer_exposed_s: float
+    """From the closing record's arrival to the last block's."""
+    transport: str
+    """That of the last block; empty when nothing had to be moved."""
+
+
+@dataclass(slots=True)
+class PullStats:
+    """Plain numbers, read when metrics are scraped."""
+
+    pulls: int = 0
+    failures: Counter[str] = field(default_factory=Counter)  # by error code
+    bytes: Counter[str] = field(default_factory=Counter)  # by transport
+    blocks: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)  # (failed, tried next)
+
+
+class Puller:
+    """One per worker. Any number of pulls at the same time."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        inventory: Inventory,
+        transports: Mapping[str, Transport],
+        channels: Channels,
+        config: TransferConfig,
+        clock: Clock,
+        *,
+        puller_id: str,
+        host_id: str,
+    ) -> None:
+        self.stats = PullStats()
+        self.layout = layout
+        self.inventory = inventory
+        self.transports = transports
+        self.channels = channels
+        self.config = config
+        self.clock = clock
+        self.puller_id = puller_id
+        self.host_id = host_id
+        self._sources: dict[str, KvSource] = {}
+        self._demoted: dict[tuple[str, int, str], float] = {}
+        self._finishing: set[asyncio.Task[None]] = set()
+
+    async def pull(self, ticket: KvTicket, plan: IngestPlan) -> IngestResult:
+        """Fills `plan.blocks` and commits the full ones, or raises TransferError or a child.
+
+        LayoutMismatchError names the field in which the two ends differ. However it ends, cancelled included, the source
+        is told, and from then on nothing writes into the blocks.
+        """
+        self.stats.pulls += 1
+        try:
+            self._check(ticket)
+            return await self._follow(ticket, plan)
+        except SourceGoneError as error:
+            self._forget(ticket.source)
+            self.stats.failures[error.code] += 1
+            raise
+        except TransferError as error:
+            self.stats.failures[error.code] += 1
+            raise
+
+    async def close(self) -> None:
+        """After the last pull has ended: waits for the farewells still on their way."""
+        if self._finishing:
+            await asyncio.wait(self._finishing)
+
+    def order(self, source: KvSource) -> list[str]:
+        """The transports to try for this source, best first."""
+        now = self.clock.now()
+        failing = [n for n in self.transports if self._demoted.get((source.worker_id, source.epoch, n), now) > now]
+        return list(transport_order(self.config.transport, self.transports, self.host_id, source, failing))
+
+    def demote(self, source: KvSource, failed: str, following: str, error: TransferError) -> None:
+        log.warning("%s failed with %s (%s); going on over %s", failed, source.worker_id, error.message, following)
+        self.stats.fallbacks[failed, following] += 1
+        self._demoted[source.worker_id, source.epoch, failed] = self.clock.now() + DEMOTED_S
+
+    def _check(self, ticket: KvTicket) -> None:
+        mismatch = self.layout.mismatch(ticket.layout)
+        if mismatch is not None:
+            raise LayoutMismatchError(f"blocks of {ticket.source.worker_id} do not fit: {mismatch}")
+        check_codec(ticket.codec)
+        source, known = ticket.source, self._sources.get(ticket.source.worker_id)
+        if known is not None and known.epoch > source.epoch:
+            raise StaleEpochError(f"{source.worker_id} is of epoch {known.epoch} by now, the ticket of epoch {source.epoch}")
+        if known is not None and known.epoch < source.epoch:
+            self._forget(known)
+        self._sources[source.worker_id] = source
+
+    async def _follow(self, ticket: KvTicket, plan: IngestPlan) -> IngestResult:
+        handoff = _Handoff(self, ticket, plan)
+        following = Following(
+            self.channels,
+            ticket,
+            handoff,
+            self.clock,
+            puller_id=self.puller_id,
+            lease_margin_s=self.config.lease_margin_s,
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(following.run(), name=f"kv-follow {ticket.key}"),
+                    group.create_task(following.keep(), name=f"kv-lease {ticket.key}"),
+                ]
+                result = await handoff.run()
+                for task in tasks:
+                    task.cancel()
+        except BaseExceptionGroup as group_error:
+            raise _first(group_error) from None
+        finally:
+            self._finish(following, ticket)
+        return result
+
+    def _finish(self, following: Following, ticket: KvTicket) -> None:
+        """Nobody waits for the farewell: the request goes on at once."""
+        task = asyncio.create_task(following.finish(), name=f"kv-done {ticket.key}")
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+
+    def _forget(self, source: KvSource) -> None:
+        for transport in self.transports.values():
+            transport.forget(source)
+        self.channels.forget(source)
+        self._sources.pop(source.worker_id, None)
+        for place in [p for p in self._demoted if p[:2] == (source.worker_id, source.epoch)]:
+            del self._demoted[place]
+
+
+class _Handoff:
+    """One pull: what the source says goes into the Ingest, what the Ingest wants is fetched, committed and noted."""
+
+    def __init__(self, puller: Puller, ticket: KvTicket, plan: IngestPlan) -> None:
+        self._puller = puller
+        self._ticket = ticket
+        self._plan = plan
+        self._order = puller.order(ticket.source)
+        self._ingest = Ingest(plan.keys, plan.num_tokens, puller.layout.block_size, plan.local)
+        self._news = asyncio.Event()
+        self._bytes = 0
+        self._transfer_s = 0.0
+        self._transport = ""
+        self._closed_at = self._landed_at = 0.0
+
+    def announced(self, records: list[BlockRecord]) -> None:
+        self._ingest.announced(records)
+        self._news.set()
+
+    def closed(self, closing: Closing) -> None:
+        if self._ingest.closing is None:
+            self._closed_at = self._puller.clock.now()
+        self._ingest.closed(closing)
+        self._news.set()
+
+    async def run(self) -> IngestResult:
+        await self._open()
+        while not self._ingest.complete:
+            records = self._ingest.take()  # all that was announced while the last batch was on its way
+            if records:
+                await self._move(records)
+            else:
+                self._news.clear()
+                await self._news.wait()  # the lease, kept beside us, is the deadline
+        closing = self._ingest.closing
+        assert closing is not None
+        exposed_s = max(0.0, self._landed_at - self._closed_at) if self._landed_at else 0.0
+        return IngestResult(closing, self._bytes, self._transfer_s, exposed_s, self._transport)
+
+    async def _open(self) -> None:
+        """Maps or dials while prefill still computes, so that the first blocks do not wait for it."""
+        if self._ingest.missing and self._order[0] in ("shm", "tcp"):
+            await self._fetch((), ())
+
+    async def _move(self, records: Sequence[BlockRecord]) -> None:
+        plan, inventory = self._plan, self._puller.inventory
+        dest_blocks = [plan.blocks[record.index] for record in records]
+        try:
+            result = await self._fetch(records, dest_blocks)
+        except BlocksGoneError as gone:
+            self._ingest.returned(records, frozenset(gone.indices) or frozenset(r.index for r in records))
+            return
+        for record, block in zip(records, dest_blocks, strict=True):
+            if record.key:
+                plan.blocks[record.index] = inventory.commit(block, record.key, record.digest)
+            self._ingest.landed(record.index)
+        self._landed_at = self._puller.clock.now()
+        self._transport = self._order[0]
+        self._count(result, len(records))
+
+    async def _fetch(self, records: Sequence[BlockRecord], dest_blocks: Sequence[int]) -> PullResult:
+        """By the best transport that still works; the next one takes over for the rest of this pull and for a while."""
+        source = self._ticket.source
+        while True:
+            name = self._order[0]
+            try:
+                return await self._puller.transports[name].pull(source, self._ticket.key, records, dest_blocks)
+            except (StaleEpochError, LeaseExpiredError, LayoutMismatchError):
+                raise  # true over every transport
+            except TransferError as error:
+                if len(self._order) == 1:
+                    raise
+                del self._order[0]
+                self._puller.demote(source, name, self._order[0], error)
+
+    def _count(self, result: PullResult, num_blocks: int) -> None:
+        name, stats = self._transport, self._puller.stats
+        self._bytes += result.bytes
+        self._transfer_s += result.seconds
+        stats.bytes[name] += result.bytes
+        stats.blocks[name] += num_blocks
+        stats.seconds[name] = stats.seconds.get(name, 0.0) + result.seconds
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that ended a task group: ours when there is one."""
+    leaves = [e for e in group.exceptions if not isinstance(e, BaseExceptionGroup)]
+    leaves += [_first(e) for e in group.exceptions if isinstance(e, BaseExceptionGroup)]
+    return next((e for e in leaves if isinstance(e, TransferError)), leaves[0])

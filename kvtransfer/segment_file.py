@@ -1,0 +1,172 @@
+"""One open segment file: whole reads and writes at slots, and the scan that finds its records after a restart."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from core.blocks import KvLayout
+from kvtransfer.arena import Blocks
+from kvtransfer.segments import EMPTY_SLOT, HEADER_BYTES, SLOT_BYTES, Geometry, SlotHeader, pack_header, read_header, read_slots
+
+READ_ONLY_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
+IOV_MAX = 512  # buffers per system call; Linux takes 1024
+SUFFIX = ".seg"
+
+
+class FileCalls(Protocol):
+    """The system calls that touch a segment's bytes. Raise OSError."""
+
+    def open(self, path: Path, flags: int) -> int: ...
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int: ...
+
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int: ...
+
+
+class OsCalls:
+    def open(self, path: Path, flags: int) -> int:
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return os.preadv(fd, buffers, offset)
+
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return os.pwritev(fd, buffers, offset)
+
+
+class SegmentFile:
+    """Owner of one descriptor. Pinned by those who read, so that a dropped segment is closed when the last has ended.
+
+    Pins are counted under the owner's lock; reads and writes need none: a slot's bytes never change once it has a record.
+    """
+
+    def __init__(self, path: Path, segment: int, geometry: Geometry, fd: int, calls: FileCalls) -> None:
+        self.path, self.segment, self.geometry = path, segment, geometry
+        self._fd, self._calls = fd, calls
+        self._pins = 0
+        self._retired = False
+
+    @classmethod
+    def create(cls, directory: Path, segment: int, geometry: Geometry, layout: KvLayout, calls: FileCalls) -> SegmentFile:
+        """Raises OSError; nothing is left behind then."""
+        path = directory / file_name(segment)
+        fd = calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        file = cls(path, segment, geometry, fd, calls)
+        try:
+            file._write_all([memoryview(pack_header(segment, geometry, layout))], 0)
+        except BaseException:
+            file.remove()
+            file.retire()
+            raise
+        return file
+
+    @classmethod
+    def open(cls, path: Path, layout: KvLayout, calls: FileCalls) -> SegmentFile | None:
+        """None when the file is no segment of this layout, or not whole enough to be one. Raises OSError."""
+        segment = int(path.stem, 16)
+        try:
+            fd = calls.open(path, os.O_RDWR)
+        except OSError as error:
+            if error.errno not in READ_ONLY_ERRORS:
+                raise
+            fd = calls.open(path, os.O_RDONLY)
+        try:
+            geometry = read_header(os.pread(fd, HEADER_BYTES, 0), segment, layout)
+        except BaseException:
+            os.close(fd)
+            raise
+        if geometry is None:
+            os.close(fd)
+            return None
+        return cls(path, segment, geometry, fd, calls)
+
+    def scan(self) -> list[SlotHeader]:
+        """Every record whose header holds and whose bytes are inside the file. Raises OSError."""
+        slots = self.geometry.slots_within(os.fstat(self._fd).st_size)
+        table = os.pread(self._fd, slots * SLOT_BYTES, HEADER_BYTES)
+        return list(read_slots(table, self.segment, self.geometry.block_bytes))
+
+    def cut(self, used: int) -> None:
+        """Ends the file after slot `used - 1` and clears the headers behind it. Raises OSError."""
+        behind = bytes((self.geometry.slots - used) * SLOT_BYTES)
+        if behind and any(os.pread(self._fd, len(behind), self.geometry.slot_offset(used))):
+            self._write_all([memoryview(behind)], self.geometry.slot_offset(used))
+        if os.fstat(self._fd).st_size > self.geometry.bytes_with(used):
+            os.ftruncate(self._fd, self.geometry.bytes_with(used))
+
+    def write(self, first: int, blocks: Sequence[memoryview], headers: Sequence[bytes]) -> None:
+        """Consecutive slots from `first`: all bytes, then all headers. Raises OSError: nothing of it counts then."""
+        assert first + len(blocks) <= self.geometry.slots, "the segment is full"
+        self._write_all(blocks, self.geometry.data_of(first))
+        self._write_all([memoryview(b"".join(headers))], self.geometry.slot_offset(first))
+
+    def clear(self, slot: int) -> None:
+        """Makes a record count no more, restarts included. Raises OSError."""
+        self._write_all([memoryview(EMPTY_SLOT)], self.geometry.slot_offset(slot))
+
+    def read(self, first: int, destinations: Sequence[Blocks]) -> None:
+        """The bytes of consecutive slots from `first`. Raises OSError, a file that ends too early included."""
+        views = [destination.data for destination in destinations]
+        moved = _all(self._calls.preadv, self._fd, views, self.geometry.data_of(first))
+        if moved < sum(view.nbytes for view in views):
+            raise OSError(errno.ENODATA, "the segment ends inside a record", str(self.path))
+
+    def pin(self) -> None:
+        self._pins += 1
+
+    def unpin(self) -> None:
+        self._pins -= 1
+        if self._retired and not self._pins:
+            os.close(self._fd)
+
+    def retire(self) -> None:
+        """Closes the descriptor, once nobody has it pinned. Called once."""
+        assert not self._retired, "closed twice"
+        self._retired = True
+        if not self._pins:
+            os.close(self._fd)
+
+    def remove(self) -> None:
+        """Raises OSError unless the file is gone afterwards."""
+        self.path.unlink(missing_ok=True)
+
+    def _write_all(self, buffers: Sequence[memoryview], offset: int) -> None:
+        moved = _all(self._calls.pwritev, self._fd, buffers, offset)
+        if moved < sum(buffer.nbytes for buffer in buffers):
+            raise OSError(errno.EIO, "the disk takes no more bytes and names no reason", str(self.path))
+
+
+def file_name(segment: int) -> str:
+    return f"{segment:016x}{SUFFIX}"
+
+
+def segment_files(directory: Path) -> list[Path]:
+    """Files named like segments, oldest first."""
+    return sorted(path for path in directory.glob("*" + SUFFIX) if len(path.stem) == 16 and _is_hex(path.stem))
+
+
+def _is_hex(stem: str) -> bool:
+    return set(stem) <= set("0123456789abcdef")
+
+
+class _Vector(Protocol):
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, /) -> int: ...
+
+
+def _all(call: _Vector, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Repeats a vectored call until all is moved or it moves nothing; returns the bytes moved."""
+    left, total = list(buffers), 0
+    while left:
+        moved = call(fd, left[:IOV_MAX], offset + total)
+        if moved == 0:
+            break
+        total += moved
+        while left and moved >= left[0].nbytes:
+            moved -= left.pop(0).nbytes
+        if moved:
+            left[0] = left[0][moved:]
+    return total

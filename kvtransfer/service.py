@@ -1,0 +1,161 @@
+"""The Kv service: followers hear of blocks as they are committed, and read their bytes where nothing faster reaches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import grpc
+import numpy as np
+
+from core.blocks import BlockRecord
+from core.errors import InvalidRequestError, TransferError
+from core.wire import closing_to_pb, key_from_pb, record_from_pb, record_to_pb
+from kvtransfer.arena import Arena
+from kvtransfer.exports import Exports, Follower
+from kvtransfer.handoff import ExportState, News
+from kvtransfer.rpc import abort
+from kvtransfer.transport import BlocksGoneError
+from tandem.errors import TandemError
+from tandem.v1 import kv_pb2, kv_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+READ_BLOCKS_MAX = 2048  # of one Read; a puller that wants more asks again
+CHUNK_BYTES = 2**20
+RECORDS_PER_MESSAGE = 1024
+OPEN_TIMEOUT_S = 10.0
+
+_Requests = AsyncIterator[kv_pb2.FollowRequest]
+_FollowContext = grpc.aio.ServicerContext[kv_pb2.FollowRequest, kv_pb2.Announcement]
+_ReadContext = grpc.aio.ServicerContext[kv_pb2.ReadRequest, kv_pb2.ReadChunk]
+
+
+class KvServicer(kv_pb2_grpc.KvServicer):
+    def __init__(self, exports: Exports) -> None:
+        self._exports = exports
+
+    async def Follow(self, request_iterator: _Requests, context: _FollowContext) -> None:
+        """Written with `context.write`, not `yield`: an async generator must not be suspended inside a task group."""
+        try:
+            follower = await self._opened(request_iterator)
+        except TandemError as error:
+            await abort(context, error)
+        try:
+            async with asyncio.TaskGroup() as group:
+                listening = group.create_task(self._listen(request_iterator, follower), name="kv-follow-listen")
+                await self._tell(follower, context)
+                listening.cancel()
+        except* _FollowerGone:
+            log.info("the follower of %s went away; its lease runs on", follower.export.key)
+        finally:
+            self._exports.unfollow(follower)
+
+    async def Read(self, request: kv_pb2.ReadRequest, context: _ReadContext) -> AsyncIterator[kv_pb2.ReadChunk]:
+        try:
+            records = self._readable(request, context)
+            for chunk in read_spans(self._exports.arena, records):
+                yield kv_pb2.ReadChunk(data=chunk)
+        except TandemError as error:
+            await abort(context, error)
+
+    async def _opened(self, requests: _Requests) -> Follower:
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                first = await anext(requests, None)
+        except TimeoutError:
+            first = None
+        if first is None or first.WhichOneof("request") != "open":
+            raise InvalidRequestError("a Follow stream begins with `open`")
+        return self._exports.follow(key_from_pb(first.open.key), first.open.epoch)
+
+    async def _listen(self, requests: _Requests, follower: Follower) -> None:
+        """Until the follower is done; raises _FollowerGone when it hangs up before."""
+        key = follower.export.key
+        async for request in requests:
+            match request.WhichOneof("request"):
+                case "renew":
+                    if self._exports.renew(key):
+                        follower.renewed()
+                case "done":
+                    self._exports.done(key)
+                    follower.wake()
+                    return
+                case other:
+                    log.warning("a follower of %s sent %s; ignored", key, other)
+        raise _FollowerGone
+
+    async def _tell(self, follower: Follower, context: _FollowContext) -> None:
+        """Writes what there is to hear until the export ends. An empty message answers the opening and each renewal."""
+        await context.write(_blocks(()))
+        while True:
+            news, renewals = await follower.news()  # the lease is the deadline: an export nobody renews ends
+            if follower.export.state is ExportState.DONE:
+                return
+            try:
+                async with asyncio.timeout(follower.export.lease_s):
+                    for message in _messages(news, renewals):
+                        await context.write(message)
+            except TimeoutError:
+                raise _FollowerGone from None  # it reads nothing
+            if news.ended is not None:
+                return
+
+    def _readable(self, request: kv_pb2.ReadRequest, context: _ReadContext) -> list[BlockRecord]:
+        if context.time_remaining() is None:
+            raise InvalidRequestError("Read needs a deadline; set one on the call")
+        if len(request.blocks) > READ_BLOCKS_MAX:
+            raise InvalidRequestError(f"{len(request.blocks)} blocks in one Read; ask for at most {READ_BLOCKS_MAX}")
+        export = self._exports.find(key_from_pb(request.key), request.epoch)
+        records = [record_from_pb(message) for message in request.blocks]
+        unknown = [record.index for record in records if not export.offers(record)]
+        if unknown:
+            raise TransferError(f"blocks {unknown[:8]} of {export.key} were not announced by this worker")
+        return records
+
+
+class _FollowerGone(Exception):
+    """The stream ended without a `done`; the follower may come again."""
+
+
+def read_spans(arena: Arena, records: Sequence[BlockRecord], chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The blocks' bytes in the order of `records`, in chunks of `chunk_bytes`, the last one shorter.
+
+    Raises BlocksGoneError instead of handing out a chunk whose blocks changed before or while it was read.
+    """
+    size = arena.block_bytes
+    blocks = arena.bytes_view()
+    for start in range(0, len(records) * size, chunk_bytes):
+        stop = min(start + chunk_bytes, len(records) * size)
+        first, last = start // size, (stop - 1) // size
+        touched = records[first : last + 1]
+        views = [blocks[record.block_id].data for record in touched]
+        views[-1] = views[-1][: stop - last * size]
+        views[0] = views[0][start - first * size :]
+        _check_generations(arena, touched)
+        chunk = b"".join(views)
+        _check_generations(arena, touched)
+        yield chunk
+
+
+def _check_generations(arena: Arena, records: Sequence[BlockRecord]) -> None:
+    words = arena.generations
+    gone = [record.index for record in records if words[record.block_id] != np.uint64(record.generation)]
+    if gone:
+        raise BlocksGoneError(gone)
+
+
+def _messages(news: News, renewals: int) -> Iterator[kv_pb2.Announcement]:
+    for _ in range(renewals):
+        yield _blocks(())
+    for start in range(0, len(news.records), RECORDS_PER_MESSAGE):
+        yield _blocks(news.records[start : start + RECORDS_PER_MESSAGE])
+    if news.closing is not None:
+        yield kv_pb2.Announcement(closing=closing_to_pb(news.closing))
+    if news.ended is not None:
+        yield kv_pb2.Announcement(revoked=kv_pb2.Revoked(reason=news.ended))
+
+
+def _blocks(records: Sequence[BlockRecord]) -> kv_pb2.Announcement:
+    return kv_pb2.Announcement(blocks=kv_pb2.AnnouncedBlocks(blocks=[record_to_pb(record) for record in records]))

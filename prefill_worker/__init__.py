@@ -1,0 +1,1 @@
+"""Workers that compute prompts and hand their KV over."""

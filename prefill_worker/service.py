@@ -1,0 +1,66 @@
+"""What a router's commands do at a prefill worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from core.blocks import KvLayout, KvSource, KvTicket
+from core.errors import InvalidRequestError, TandemError
+from core.request import AttemptKey, WorkItem
+from engine.loop import StepLoop
+from kvtransfer.exports import Exports
+from prefill_worker.publish import Publisher
+from worker.bridge import EngineThread
+from worker.links import RouterLinks
+from worker.messages import Opened, OpenHandoff, Opening, StartPrefill
+
+
+class PrefillHandler:
+    """Admits prompts, opens their hand-offs, cancels both. `source()` says where this worker's blocks can be read."""
+
+    def __init__(
+        self,
+        engine: EngineThread,
+        links: RouterLinks,
+        exports: Exports,
+        publisher: Publisher,
+        source: Callable[[], KvSource],
+        layout: KvLayout,
+        lease_s: float,
+    ) -> None:
+        self._engine = engine
+        self._links = links
+        self._exports = exports
+        self._publisher = publisher
+        self._source = source
+        self._layout = layout
+        self._lease_s = lease_s
+
+    def open(self, command: Opening) -> None:
+        if not isinstance(command, StartPrefill):
+            raise InvalidRequestError("a prefill worker takes prompts to hand over (StartPrefill) and nothing else")
+        item = command.item
+        self._exports.open(item.key, self._lease_s)
+        self._publisher.computing.add(item.key)
+        self._engine.call(partial(_submit, item), partial(self._admitted, item.key))
+
+    def open_handoff(self, command: OpenHandoff) -> None:
+        raise InvalidRequestError("a prefill worker hands blocks over; it takes none")
+
+    def cancel(self, key: AttemptKey) -> None:
+        self._publisher.computing.discard(key)
+        self._exports.revoke(key, "the attempt was cancelled")
+        self._engine.cancel(key)
+
+    def _admitted(self, key: AttemptKey, error: TandemError | None) -> None:
+        """The engine took it (its first step may be running already) or refused it."""
+        if error is None:
+            self._links.send(Opened(key, KvTicket(key, self._layout, self._source(), self._lease_s)))
+            return
+        self._links.fail(key, error)
+        self.cancel(key)
+
+
+def _submit(item: WorkItem, loop: StepLoop, now: float) -> None:
+    loop.submit(item, now)

@@ -1,0 +1,1 @@
+"""The front door: places every request and keeps its stream going."""

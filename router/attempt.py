@@ -1,0 +1,48 @@
+"""What a journey is given, and one placement of it. Deciding code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.request import WorkItem
+from tandem.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`max_attempts` counts placements that failed, not refusals: those end with the queue's time."""
+
+    queue_timeout_s: float = 60.0
+    request_timeout_s: float = 600.0
+    max_attempts: int = 8
+    answer_timeout_s: float = 5.0
+    """For what a worker answers at once, and for a token that another one overtook."""
+    opened_timeout_s: float = 60.0
+    """For prefill to admit; the policy keeps its queue short."""
+
+
+@dataclass(frozen=True, slots=True)
+class JourneySpec:
+    """`request_id` is the workers' name for this choice (`ID`, `ID/1`, …); `sampling` has seed and max_tokens resolved."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    choice: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    cache_salt: bytes = b""
+    first_attempt: int = 1
+
+
+class Attempt:
+    """One placement. `legs` are the workers on which it may still run or hold something."""
+
+    __slots__ = ("base", "decode", "item", "key", "legs", "prefill")
+
+    def __init__(self, item: WorkItem, prefill: str | None, decode: str) -> None:
+        self.key = item.key
+        self.item = item
+        self.base = item.position
+        self.prefill = prefill
+        self.decode = decode
+        self.legs: set[str] = set()

@@ -1,0 +1,331 @@
+"""Drives journeys: carries their commands out, feeds back what happens, keeps the time and the queue.
+
+Everything runs on the asyncio thread; nothing here waits. A message of a worker reaches its journeys, and through them
+the readers' outboxes, in one go: no task per request, none per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from core.clock import Clock
+from core.errors import InternalError, OverloadedError, TandemError
+from core.request import FinishReason, TokenEvent
+from router import events as ev
+from router.attempt import JourneySpec, Limits
+from router.codec import Addressed
+from router.journey import Journey, State
+from router.links import Links
+from router.policy import Need, Nobody, Pair, Policy
+from router.queue import Pace, WaitQueue
+from router.view import NO_CLAIM, Claims, ClusterView, Situation
+
+log = logging.getLogger(__name__)
+
+ORPHANS_MAX = 4096
+ALARM_MAX_S = 10.0
+"""An alarm outlives its journey by at most this long, so the heap stays small."""
+
+
+class Sink(Protocol):
+    """Where a journey's outcome goes. Called on the asyncio thread, never waits; may call back into the dispatcher."""
+
+    def accepted(self) -> None:
+        """A worker took an attempt; called once per attempt."""
+        ...
+
+    def deliver(self, tokens: tuple[TokenEvent, ...]) -> None: ...
+
+    def finish(self, reason: FinishReason | None, error: TandemError | None) -> None:
+        """The last call (or, after a finish that raised, once more with an error). Exactly one of the two is set."""
+        ...
+
+
+class _Live:
+    __slots__ = ("accepted", "alarm_at", "asked_at", "claim", "driving", "failovers", "inbox", "journey", "prefer", "sink")
+
+    def __init__(self, journey: Journey, sink: Sink, prefer: Pair | None) -> None:
+        self.journey = journey
+        self.sink = sink
+        self.prefer = prefer
+        self.claim = journey.claim
+        self.accepted = False  # a worker took the attempt that holds the claim
+        self.asked_at: int | None = None  # the dispatcher's count of changes when this round of asking began
+        self.failovers = 0
+        self.alarm_at = float("inf")
+        self.driving = False
+        self.inbox: deque[ev.Event] = deque()  # events that came while it was being driven
+
+
+class Dispatcher:
+    """Owns the live journeys. `links` is attached after construction, because sessions report to the dispatcher."""
+
+    def __init__(self, policy: Policy, limits: Limits, max_queue: int, clock: Clock) -> None:
+        self.links: Links | None = None
+        self.view = ClusterView()
+        self.claims = Claims()
+        self.queue = WaitQueue(max_queue)
+        self.attempts: Counter[str] = Counter()  # by outcome: refused, failed, lost, or how their journey ended
+        self.failovers = 0
+        self._pace = Pace()
+        self.on_change: Callable[[], None] = lambda: None  # sessions or the view changed
+        self._policy = policy
+        self._limits = limits
+        self._clock = clock
+        self._live: dict[str, _Live] = {}
+        self._orphans: dict[str, list[ev.SendCancel]] = {}
+        self._alarms: list[tuple[float, str]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._probing: str | None = None
+        self._pump_due = False
+        self._changes = 0  # times that capacity may have come free
+
+    # ---- what the front asks ---------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def check_room(self) -> None:
+        """Raises OverloadedError when a new request could not even wait."""
+        if len(self.queue) and not self.queue.has_room():
+            raise self._overloaded()
+
+    def start(
+        self, spec: JourneySpec, sink: Sink, arrived_at: float, *, prefer: Pair | None = None, admitted: bool = False
+    ) -> Journey:
+        """Begins a journey, whose deadlines count from `arrived_at`; its outcome reaches `sink`, possibly before this returns.
+
+        `admitted`: it belongs to a request that runs already, so the queue's bound does not apply.
+        Raises OverloadedError when it would have to wait and the queue is full; nothing remains of it then.
+        """
+        assert spec.request_id not in self._live, "the front keeps request ids unique"
+        live = _Live(Journey(spec, self._limits, arrived_at), sink, prefer)
+        self._live[spec.request_id] = live
+        if len(self.queue):
+            self._wait(live, urgent=False)
+        else:
+            self._drive(live, ev.Woken())
+        if spec.request_id in self.queue and not admitted and len(self.queue) > self.queue.bound:
+            self._forget(live)
+            raise self._overloaded()
+        return live.journey
+
+    def signal(self, request_id: str, event: ev.StopMatched | ev.ClientCancelled) -> bool:
+        """Ends a journey from outside; False when it is not live (any more)."""
+        live = self._live.get(request_id)
+        if live is not None:
+            self._drive(live, event)
+        return live is not None
+
+    def situation(self) -> Situation:
+        connected = self.links.connected() if self.links is not None else frozenset()
+        return Situation(self.view, connected, self.claims)
+
+    def states(self) -> Counter[State]:
+        return Counter(live.journey.state for live in self._live.values())
+
+    # ---- what workers and the controller say -----------------------------------------------------------------------
+
+    def follow(self, view: ClusterView) -> None:
+        """A new snapshot: sessions follow it, and those who wait may have a place now."""
+        assert self.links is not None
+        self.view = view.keeping(self.view, self.links.connected())
+        self.links.follow(self.view)
+        self._orphans = {name: cancels for name, cancels in self._orphans.items() if name in self.view.workers}
+        self.on_change()
+        self._pump_soon()
+
+    def link_up(self, worker: str) -> None:
+        assert self.links is not None
+        for cancel in self._orphans.pop(worker, ()):  # what was placed again elsewhere may still be computed here
+            self.links.send(cancel)
+        self._pump_soon()
+        self.on_change()
+
+    def link_down(self, worker: str, reason: str) -> None:
+        affected = list(self._live.values())
+        keys = [key for live in affected if (key := live.journey.held_on(worker)) is not None]
+        self._orphans[worker] = [ev.SendCancel(worker, key) for key in keys[:ORPHANS_MAX]]
+        for live in affected:
+            self._drive(live, ev.WorkerLost(worker, f"{worker}: {reason}"))
+        self.on_change()
+
+    def heard(self, worker: str, events: Iterable[Addressed]) -> None:
+        now = self._clock.now()
+        for request_id, event in events:
+            live = self._live.get(request_id)
+            if live is not None:
+                self._drive(live, event, now)
+
+    def close(self) -> None:
+        """Ends every journey; their workers are told."""
+        for live in list(self._live.values()):
+            self._drive(live, ev.ClientCancelled())
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # ---- the drive -------------------------------------------------------------------------------------------------
+
+    def _drive(self, live: _Live, event: ev.Event, now: float | None = None) -> None:
+        """Feeds one event and everything that follows from it. What sinks and places cause meanwhile waits its turn."""
+        if live.driving:
+            live.inbox.append(event)
+            return
+        now = self._clock.now() if now is None else now
+        live.driving = True
+        journey, inbox = live.journey, live.inbox
+        try:
+            for command in journey.handle(now, event):
+                self._carry_out(live, command)
+            while inbox:
+                for command in journey.handle(now, inbox.popleft()):
+                    self._carry_out(live, command)
+        except Exception:
+            log.exception("request %s: a mistake of ours on %s", journey.spec.request_id, type(event).__name__)
+            self._abandon(live, now)
+        finally:
+            live.driving = False
+        if journey.claim is not live.claim:
+            self._move_claim(live, event)
+        if journey.wake_at < live.alarm_at:
+            self._set_alarm(live)
+
+    def _abandon(self, live: _Live, now: float) -> None:
+        """Ends one journey after a mistake, so that it harms no other: its workers are told, its user gets an error."""
+        live.inbox.clear()
+        for command in live.journey.handle(now, ev.ClientCancelled()):
+            if isinstance(command, ev.SendCancel) and self.links is not None and command.worker in self.links.connected():
+                self.links.send(command)
+        if live.journey.spec.request_id in self._live:
+            self._forget(live)
+        live.sink.finish(None, InternalError("the router made a mistake on this request; its log says which"))
+
+    def _move_claim(self, live: _Live, event: ev.Event) -> None:
+        """What an accepted attempt gives back is room for those who wait; what was refused never was."""
+        self.claims.swap(live.claim, live.journey.claim)
+        live.claim = live.journey.claim
+        lost = live.journey.facts.failovers - live.failovers
+        if lost:
+            self.failovers += lost
+            self.attempts["lost" if isinstance(event, ev.WorkerLost) else "failed"] += lost
+            live.failovers += lost
+        elif isinstance(event, ev.AttemptFailed) or (isinstance(event, ev.Reserved) and not event.granted):
+            self.attempts["refused"] += 1
+        if live.accepted:
+            self._pump_soon()
+        live.accepted = live.accepted and live.claim is not NO_CLAIM
+
+    def _carry_out(self, live: _Live, command: ev.Command) -> None:
+        match command:
+            case ev.Deliver(tokens):
+                live.sink.deliver(tokens)
+            case ev.Place(avoid):
+                self._place(live, avoid)
+            case ev.Accepted():
+                live.accepted = True
+                live.asked_at = None
+                self._pace.accepted(self._clock.now())
+                self._leave_queue(live)
+                live.sink.accepted()
+            case ev.Finish(reason, error):
+                if live.accepted:
+                    self.attempts[reason.value if reason is not None else "failed"] += 1
+                self._forget(live)
+                live.sink.finish(reason, error)
+            case _:
+                assert self.links is not None
+                self.links.send(command)
+
+    def _place(self, live: _Live, avoid: frozenset[str]) -> None:
+        journey = live.journey
+        need = Need(len(journey.spec.prompt) + len(journey.log), avoid, live.prefer)
+        choice = self._policy.choose(self.situation(), need)
+        if isinstance(choice, Nobody):
+            self._wait(live, urgent=journey.facts.sent_at is not None)
+            live.inbox.append(ev.NoPlace(choice.reason, choice.busy))
+        else:
+            if live.asked_at is None:
+                live.asked_at = self._changes
+            live.inbox.append(ev.Placed(choice.prefill, choice.decode))
+
+    def _forget(self, live: _Live) -> None:
+        del self._live[live.journey.spec.request_id]
+        self._leave_queue(live)
+
+    # ---- the queue -------------------------------------------------------------------------------------------------
+
+    def _wait(self, live: _Live, *, urgent: bool) -> None:
+        request_id = live.journey.spec.request_id
+        self.queue.add(request_id, urgent=urgent)
+        if self._probing == request_id:
+            self._probing = None  # nobody has room: the next change of the cluster wakes the head again
+        if live.asked_at is not None and live.asked_at != self._changes:
+            self._pump_soon()  # ... and one came while the refusal was on its way
+        live.asked_at = None
+        self._set_alarm(live)
+
+    def _leave_queue(self, live: _Live) -> None:
+        request_id = live.journey.spec.request_id
+        if request_id in self.queue:
+            self.queue.remove(request_id)
+            self._pump_soon()
+        if self._probing == request_id:
+            self._probing = None
+
+    def _pump_soon(self) -> None:
+        """Capacity may have come free. Once per turn of the loop, however many causes."""
+        self._changes += 1
+        if len(self.queue) and not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Lets the head ask for a place; its successor follows when it has one. One at a time: nobody is overtaken."""
+        self._pump_due = False
+        head = self.queue.head()
+        if head is not None and self._probing is None:
+            self._probing = head
+            self._drive(self._live[head], ev.Woken())
+
+    def _overloaded(self) -> OverloadedError:
+        text = f"{len(self.queue)} requests wait already (router.max_queue is {self.queue.bound}); retry later"
+        return OverloadedError(text, retry_after_s=self._pace.time_for(len(self.queue)))
+
+    # ---- time ------------------------------------------------------------------------------------------------------
+
+    def _set_alarm(self, live: _Live) -> None:
+        """An alarm that turns out early is set again when it rings: most deadlines only move away."""
+        if live.journey.state is State.DONE:
+            return
+        wake_at = min(live.journey.wake_at, self._clock.now() + ALARM_MAX_S)
+        if wake_at < live.alarm_at:
+            live.alarm_at = wake_at
+            heapq.heappush(self._alarms, (wake_at, live.journey.spec.request_id))
+            if self._alarms[0][0] == wake_at:
+                self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(self._alarms[0][0] - self._clock.now(), 0.0)
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._ring)
+
+    def _ring(self) -> None:
+        now = self._clock.now()
+        while self._alarms and self._alarms[0][0] <= now:
+            at, request_id = heapq.heappop(self._alarms)
+            live = self._live.get(request_id)
+            if live is not None and live.alarm_at == at:
+                live.alarm_at = float("inf")
+                if live.journey.wake_at <= now:
+                    self._drive(live, ev.Tick())
+                else:
+                    self._set_alarm(live)
+        self._timer = None
+        if self._alarms:
+            self._set_timer()

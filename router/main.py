@@ -1,0 +1,180 @@
+"""The router's wiring: watch → dispatcher → sessions, and two fronts over one Frontend."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from core.clock import SystemClock
+from core.config import Config
+from core.hostspec import HostSpec
+from core.report import Facts, Reporter, WorkerState
+from core.service import GrpcServer, Registration, serve
+from core.text import Tokenizer
+from router.attempt import Limits
+from router.dispatch import Dispatcher
+from router.frontend import Frontend
+from router.http import build_app
+from router.links import Links
+from router.metrics import RouterMetrics, RouterStats
+from router.modelcard import VERSION_UNKNOWN, ModelKnowledge
+from router.policy import make_policy
+from router.service import InferenceServicer, StatusServicer
+from router.watch import Watch
+from router.web import web_server
+from tandem.v1.cluster_pb2_grpc import add_ClusterServicer_to_server
+from tandem.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+
+log = logging.getLogger(__name__)
+
+SERVER_GRACE_S = 0.5
+GRACE_SHARE = 0.8
+"""Of the grace time, for requests to finish; the rest is for leaving orderly."""
+
+
+class RouterInfo(NamedTuple):
+    """Where a router that is ready can be reached."""
+
+    router_id: str
+    grpc_address: str
+    http_address: str
+
+
+async def run(spec: HostSpec, stop: asyncio.Event, on_ready: Callable[[RouterInfo], None] | None = None) -> None:
+    """Serves until `stop` is set, then finishes what runs within the grace time.
+
+    Raises ConfigError when it cannot start: no tokenizer, unknown policy, an address in use.
+    """
+    text = await asyncio.to_thread(Tokenizer.load, spec.config.model.path)
+    await Router(spec, text).serve(stop, on_ready)
+
+
+class Router:
+    """One router process, wired. `text` is the model's tokenizer."""
+
+    def __init__(self, spec: HostSpec, text: Tokenizer) -> None:
+        config, clock = spec.config.router, SystemClock()
+        self._spec = spec
+        self._grace_s = spec.config.cluster.grace_s
+        stats = RouterStats()
+        self.dispatcher = Dispatcher(make_policy(config.policy), limits_from(spec.config), config.max_queue, clock)
+        self._links = Links(spec.worker_id, spec.epoch, config.session_lease_s, self.dispatcher)
+        self.dispatcher.links = self._links
+        knowledge = ModelKnowledge(spec.config.model.name, _version())
+        self.frontend = Frontend(self.dispatcher, text, knowledge, stats, clock, config.slow_client_s)
+        self._text = text
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(RouterMetrics(stats, self.dispatcher))
+        self._watch = Watch(spec.controller, spec.worker_id, self.dispatcher.follow)
+        self._facts = Facts()
+        self._reporter = Reporter(spec, self._report, lambda deadline_s: self._drain.set())
+        self._drain = asyncio.Event()
+        self._changed = asyncio.Event()
+        self.dispatcher.on_change = self._changed.set
+
+    async def serve(self, stop: asyncio.Event, on_ready: Callable[[RouterInfo], None] | None = None) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._links.close)
+            stack.callback(self.dispatcher.close)
+            server, http_address = await self._listen(stack)
+            self._facts = Facts(grpc_address=server.address, http_address=http_address, metrics_address=http_address)
+            await stack.enter_async_context(_running(self._watch.run(), "watch"))
+            await stack.enter_async_context(_running(self._reporter.run(), "report"))
+            info = RouterInfo(self._spec.worker_id, server.address, http_address)
+            announce = self._announce(server, info, on_ready)
+            async with _running(announce, "announce readiness"):
+                await _first(stop, self._drain)
+            await self._finish(server)
+
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[GrpcServer, str]:
+        config = self._spec.config.router
+        render = partial(generate_latest, self._registry)
+        app = build_app(self.frontend, self._text, render, config.max_body_bytes, self._watch.scrape_targets)
+        http_address = await stack.enter_async_context(web_server(app, config.http, SERVER_GRACE_S))
+        server = serve(
+            config.grpc,
+            Registration("tandem.v1.Inference", add_InferenceServicer_to_server, InferenceServicer(self.frontend)),
+            Registration("tandem.v1.Cluster", add_ClusterServicer_to_server, StatusServicer(self._watch.status)),
+            grace_s=SERVER_GRACE_S,
+            message_bytes_max=config.max_body_bytes,
+        )
+        return await stack.enter_async_context(server), http_address
+
+    async def _announce(self, server: GrpcServer, info: RouterInfo, on_ready: Callable[[RouterInfo], None] | None) -> None:
+        """Tells health checks, the controller and the host whether requests can be served, whenever that changes."""
+        was: bool | None = None
+        while True:
+            self._changed.clear()
+            ready = self.frontend.ready()
+            if ready != was:
+                await server.set_serving(ready)
+                self._reporter.changed()
+                if ready and on_ready is not None:
+                    on_ready(info)
+                    on_ready = None
+                was = ready
+            await self._changed.wait()
+
+    def _report(self) -> Facts:
+        """Once it has been ready, a router without workers is still ready: it queues until they are replaced."""
+        state = self._facts.state
+        if state is WorkerState.STARTING and self.frontend.ready():
+            state = WorkerState.READY
+        self._facts = replace(self._facts, state=state, running=self.frontend.live, waiting=len(self.dispatcher.queue))
+        return self._facts
+
+    async def _finish(self, server: GrpcServer) -> None:
+        self.frontend.begin_close()
+        await server.set_serving(False)
+        self._facts = replace(self._facts, state=WorkerState.DRAINING)
+        self._reporter.changed()
+        try:
+            async with asyncio.timeout(self._grace_s * GRACE_SHARE):
+                await self.frontend.drained()
+        except TimeoutError:
+            log.warning("%d requests did not finish within the grace time and are cancelled", self.frontend.live)
+
+
+def limits_from(config: Config) -> Limits:
+    router = config.router
+    return Limits(
+        queue_timeout_s=router.queue_timeout_s,
+        request_timeout_s=router.request_timeout_s,
+        max_attempts=router.max_attempts,
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("tandem")
+    except metadata.PackageNotFoundError:
+        return VERSION_UNKNOWN
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Until one of them is set."""
+    waits = [asyncio.create_task(event.wait(), name="wait for the end") for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _running(work: Coroutine[object, object, None], name: str) -> AsyncIterator[None]:
+    """A task of ours beside the block: its failure ends the block, the block's end cancels it."""
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(work, name=name)
+        try:
+            yield
+        finally:
+            task.cancel()

@@ -1,0 +1,95 @@
+"""Offering load: when requests are due, and that a slow answer never hides a wait."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import statistics
+from collections.abc import AsyncIterator
+
+from cli.load import Job, arrivals, prompt_ids, run_closed, run_open, send
+from core.latency import Outcome, RequestTrace
+from tandem.errors import InternalError, OverloadedError
+
+
+class Echo:
+    """Answers `max_tokens` tokens, `delay_s` after it is asked; counts how many it answers at once."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.delay_s = delay_s
+        self.now = self.most = self.asked = 0
+
+    async def answer(self, job: Job) -> AsyncIterator[int]:
+        self.asked += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await asyncio.sleep(self.delay_s)
+            if job.seed == 13:
+                raise OverloadedError("full")
+            if job.seed == 14:
+                raise InternalError("oh")
+            for _ in range(job.max_tokens):
+                yield 1
+        finally:
+            self.now -= 1
+
+
+def jobs(*due: float, tokens: int = 3) -> list[Job]:
+    return [Job(at, 8, tokens, number) for number, at in enumerate(due)]
+
+
+def test_poisson_arrivals_have_the_rate_and_spread_of_a_poisson_process() -> None:
+    times = list(itertools.islice(arrivals(10.0, True, random.Random(1)), 5000))
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert abs(statistics.mean(gaps) - 0.1) < 0.005
+    assert abs(statistics.stdev(gaps) / statistics.mean(gaps) - 1.0) < 0.05
+
+
+def test_constant_arrivals_are_equal_steps() -> None:
+    assert list(itertools.islice(arrivals(4.0, False, random.Random(1)), 4)) == [0.0, 0.25, 0.5, 0.75]
+
+
+async def test_an_open_loop_does_not_wait_for_answers() -> None:
+    target, seen = Echo(delay_s=0.3), list[RequestTrace]()
+    traces = await run_open(target, jobs(*(n * 0.01 for n in range(10))), seen.append)
+    assert target.most == 10
+    assert len(traces) == len(seen) == 10
+    assert all(t.outcome is Outcome.COMPLETED and len(t.token_s) == 3 for t in traces)
+
+
+async def test_latency_counts_from_when_a_request_was_due() -> None:
+    due = asyncio.get_running_loop().time() - 5.0
+    trace = await send(Echo(), jobs(0.0)[0], due)
+    assert trace.ttft_s is not None
+    assert trace.ttft_s >= 5.0
+
+
+async def test_a_closed_loop_keeps_its_number_of_clients_busy_until_the_jobs_end() -> None:
+    target = Echo(delay_s=0.01)
+    traces = await run_closed(target, iter(jobs(*[0.0] * 12)), 4, until_s=60.0, on_done=lambda trace: None)
+    assert target.most == 4
+    assert len(traces) == target.asked == 12
+
+
+async def test_a_closed_loop_ends_at_its_time() -> None:
+    endless = (Job(0.0, 8, 1, 1) for _ in itertools.count())
+    traces = await run_closed(Echo(delay_s=0.01), endless, 2, until_s=0.1, on_done=lambda trace: None)
+    assert 2 <= len(traces) <= 40
+
+
+async def test_refusals_failures_and_empty_answers_are_told_apart() -> None:
+    overload, failure, empty = Job(0, 8, 3, 13), Job(0, 8, 3, 14), Job(0, 8, 0, 1)
+    traces = [await send(Echo(), job, 0.0) for job in (overload, failure, empty)]
+    assert [t.outcome for t in traces] == [Outcome.REJECTED, Outcome.FAILED, Outcome.FAILED]
+    assert [t.error for t in traces] == ["full", "oh", "the answer held no token"]
+
+
+def test_prompts_share_what_their_trace_shares_and_nothing_else() -> None:
+    one, two = (prompt_ids(Job(0.0, 700, 1, seed, (7, block)), 500) for seed, block in ((1, 8), (2, 9)))
+    assert len(one) == len(two) == 700
+    assert one[:512] == two[:512]
+    assert one[512:] != two[512:]
+    assert prompt_ids(Job(0.0, 100, 1, 3, (7, 8)), 500) == one[:100], "a prompt may end inside a block"
+    assert prompt_ids(Job(0.0, 20, 1, 3), 500) == prompt_ids(Job(0.0, 20, 9, 3), 500) != prompt_ids(Job(0.0, 20, 1, 4), 500)

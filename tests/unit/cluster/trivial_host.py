@@ -1,0 +1,80 @@
+"""A host with no model: reports like a worker, so that launching, watching and ending can be tested in milliseconds.
+
+Its behaviour hangs on `model.name` of its configuration: "fail" is a mistake of the operator, "crash" a bug, "hang" ignores
+every request to stop, "shm:PATH" leaves a file while it runs and removes it when it ends in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+
+from cluster.host import run_child
+from cluster.report import WorkerReport, WorkerState
+from cluster.wire import report_to_pb
+from core.errors import ConfigError
+from core.hostspec import HostSpec
+from core.request import WorkerRole
+from tandem.v1 import cluster_pb2 as pb
+from tandem.v1 import cluster_pb2_grpc as stubs
+
+
+async def run(spec: HostSpec, stop: asyncio.Event) -> None:
+    name = spec.config.model.name
+    if name == "fail":
+        raise ConfigError("there is no model at /nowhere; give another path")
+    if name == "crash":
+        raise ZeroDivisionError("a bug")
+    if name == "hang":
+        stop = asyncio.Event()
+    file = Path(f"{name.removeprefix('shm:')}-{spec.worker_id}-{spec.epoch}") if name.startswith("shm:") else None
+    if file is not None:
+        file.write_text("kv")
+    print("a library prints this")
+    print(f"{spec.worker_id} runs", file=sys.stderr)
+    reports = asyncio.create_task(_report(spec), name="reports")
+    try:
+        await stop.wait()
+    finally:
+        reports.cancel()
+        if file is not None:
+            file.unlink()
+
+
+async def _report(spec: HostSpec) -> None:
+    router = spec.role is WorkerRole.ROUTER
+
+    async def messages() -> AsyncIterator[pb.WorkerReport]:
+        sequence = 0
+        while True:
+            sequence += 1
+            yield report_to_pb(
+                WorkerReport(
+                    worker_id=spec.worker_id,
+                    role=spec.role,
+                    epoch=spec.epoch,
+                    sequence=sequence,
+                    state=WorkerState.READY,
+                    pid=os.getpid(),
+                    grpc_address=f"127.0.0.1:{40_000 + spec.epoch}" if router else "127.0.0.1:1",
+                    http_address=f"127.0.0.1:{41_000 + spec.epoch}" if router else "",
+                )
+            )
+            await asyncio.sleep(spec.config.cluster.heartbeat_s)
+
+    if not spec.controller:
+        return
+    with contextlib.suppress(grpc.RpcError):
+        async with grpc.aio.insecure_channel(spec.controller) as channel:
+            async for _ in stubs.ClusterStub(channel).Report(messages()):  # type: ignore[no-untyped-call]
+                pass
+
+
+if __name__ == "__main__":
+    run_child(run)

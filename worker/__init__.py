@@ -1,0 +1,1 @@
+"""The shell both kinds of worker live in."""

@@ -1,0 +1,68 @@
+"""A worker's metrics, read from its state when they are scraped. Names end in their unit; see docs for what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from core.inventory import Inventory
+from core.telemetry import histogram_family
+from worker.bridge import EngineThread
+from worker.links import RouterLinks
+
+OUTCOMES = ("finished", "failed", "cancelled", "superseded", "orphaned", "refused", "expired", "stopped")
+
+
+class WorkerMetrics:
+    """What every worker has: engine, blocks, attempts."""
+
+    def __init__(self, engine: EngineThread, inventory: Inventory, links: RouterLinks) -> None:
+        self._engine = engine
+        self._inventory = inventory
+        self._links = links
+
+    def collect(self) -> Iterable[Metric]:
+        engine, load = self._engine, self._engine.load
+        yield gauge("tandem_engine_running", "Sequences in the running batch.", load.running)
+        yield gauge("tandem_engine_waiting", "Sequences that wait for memory or a place in the batch.", load.waiting)
+        yield gauge("tandem_engine_waiting_tokens", "Prompt tokens not yet computed.", load.waiting_tokens)
+        yield counter("tandem_engine_computed_tokens_total", "Tokens computed, prompts included.", engine.computed_tokens)
+        yield histogram_family("tandem_engine_step_seconds", "Duration of engine steps.", [(engine.step_s, {})])
+        yield counter("tandem_worker_tokens_total", "Generated tokens sent to routers.", self._links.tokens_sent)
+        yield from self._blocks()
+        yield gauge("tandem_worker_attempts", "Attempts that live here.", len(self._links.table))
+        outcomes = [((name,), self._links.outcomes[name]) for name in OUTCOMES]
+        yield counters("tandem_worker_attempts_total", "Attempts by how they ended here.", ("outcome",), outcomes)
+
+    def _blocks(self) -> Iterable[Metric]:
+        counts = self._inventory.counts()
+        states = [((state,), getattr(counts, state)) for state in ("free", "cached", "active")]
+        yield gauges("tandem_kv_blocks", "KV blocks by state.", ("state",), states)
+        yield gauge("tandem_kv_leases", "Leases on KV blocks that are open.", self._inventory.leases_open())
+
+
+Samples = Iterable[tuple[tuple[str, ...], float]]
+"""Values by label values, in the order of the label names."""
+
+
+def gauge(name: str, help_text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, help_text, value=value)
+
+
+def counter(name: str, help_text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, help_text, value=value)
+
+
+def gauges(name: str, help_text: str, labels: tuple[str, ...], values: Samples) -> Metric:
+    family = GaugeMetricFamily(name, help_text, labels=labels)
+    for label_values, value in values:
+        family.add_metric(label_values, value)
+    return family
+
+
+def counters(name: str, help_text: str, labels: tuple[str, ...], values: Samples) -> Metric:
+    family = CounterMetricFamily(name, help_text, labels=labels)
+    for label_values, value in values:
+        family.add_metric(label_values, value)
+    return family
