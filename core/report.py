@@ -7,6 +7,7 @@ growing pauses, and its first report tells everything, so a new controller rebui
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,7 @@ from core.hostspec import HostSpec
 from core.inventory import BlockCounts
 from core.service import KEEPALIVE_OPTIONS
 from core.wire import layout_to_pb, role_to_pb
+from tandem.cancelling import heed_cancellation
 from tandem.v1 import cluster_pb2 as pb
 from tandem.v1 import cluster_pb2_grpc
 
@@ -101,6 +103,7 @@ class Reporter:
             try:
                 await self._report()
             except grpc.aio.AioRpcError as error:
+                heed_cancellation()
                 log.debug("the report stream to %s broke: %s", self._spec.controller, error.details())
             pause_s = BACKOFF_MIN_S if self._sequence > before + 1 else min(pause_s * 2, BACKOFF_MAX_S)
             await asyncio.sleep(pause_s)
@@ -123,10 +126,9 @@ class Reporter:
             self._changed.clear()
             self._sequence += 1
             yield self.message(self._facts())
-            try:
-                await asyncio.wait_for(self._changed.wait(), self._heartbeat_s)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._changed.wait()
 
     def message(self, facts: Facts) -> pb.WorkerReport:
         spec = self._spec

@@ -16,6 +16,7 @@ from core.wire import closing_from_pb, key_to_pb, record_from_pb
 from kvtransfer.channels import Channels
 from kvtransfer.rpc import is_transient, transfer_error
 from kvtransfer.steady_call import SteadyCall
+from tandem.cancelling import heed_cancellation
 from tandem.errors import InvalidRequestError
 from tandem.v1 import kv_pb2
 
@@ -69,6 +70,7 @@ class Following:
             try:
                 await self._listen()
             except grpc.aio.AioRpcError as error:
+                heed_cancellation()
                 failures = 1 if self._heard else failures + 1
                 if not is_transient(error):
                     raise transfer_error(error, self._ticket.source.worker_id) from None

@@ -19,6 +19,7 @@ from kvtransfer.codec import check_digest
 from kvtransfer.rpc import transfer_error
 from kvtransfer.service import READ_BLOCKS_MAX
 from kvtransfer.transport import PullResult, check_places, check_request
+from tandem.cancelling import heed_cancellation
 from tandem.v1 import kv_pb2
 
 
@@ -48,12 +49,12 @@ class GrpcTransport:
                 " raise transfer.pull_timeout_s if the link is that slow"
             ) from None
         except grpc.aio.AioRpcError as error:
+            heed_cancellation()
             raise transfer_error(error, source.worker_id) from None
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and not task.cancelling():  # not we were cancelled, the channel was closed
-                raise TransferError(f"the connection to {source.worker_id} was closed") from None
-            raise
+            heed_cancellation()
+            # Not we were cancelled, the channel was closed.
+            raise TransferError(f"the connection to {source.worker_id} was closed") from None
         return PullResult(len(records) * int(self._dest.shape[1]), time.perf_counter() - started)
 
     def forget(self, source: KvSource) -> None:

@@ -15,6 +15,7 @@ from core.service import KEEPALIVE_OPTIONS
 from router.codec import Addressed, command_to_pb, events_from_pb, hello_to_pb
 from router.events import Send
 from router.view import ClusterView, WorkerView
+from tandem.cancelling import heed_cancellation
 from tandem.v1 import common_pb2 as pb
 from tandem.v1.decode_pb2_grpc import DecodeStub
 from tandem.v1.prefill_pb2_grpc import PrefillStub
@@ -110,6 +111,7 @@ class Link:
                 reason = "the session failed here; the router's log says why"
             was_up = self.up
             self._down(reason)
+            heed_cancellation()
             pause_s = BACKOFF_MIN_S if was_up else min(pause_s * 2, BACKOFF_MAX_S)
             await asyncio.sleep(pause_s)
 
@@ -128,9 +130,7 @@ class Link:
             self._came_up()
             await self._pump(call, events)
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
+            heed_cancellation()
             raise _BrokenError("the session was broken off") from None  # the call was cancelled, not we
         finally:
             call.cancel()

@@ -14,6 +14,7 @@ from core.errors import InvalidRequestError
 from core.service import KEEPALIVE_OPTIONS
 from core.wire import layout_from_pb, role_from_pb
 from router.view import ClusterView, WorkerState, WorkerView
+from tandem.cancelling import heed_cancellation
 from tandem.v1 import cluster_pb2 as pb
 from tandem.v1.cluster_pb2_grpc import ClusterStub
 
@@ -87,6 +88,7 @@ class Watch:
                 log.log(logging.WARNING if self.connected else logging.DEBUG, "controller %s: %s", self._controller, reason)
             except Exception:
                 log.exception("a snapshot of controller %s could not be followed", self._controller)
+            heed_cancellation()
             pause_s = BACKOFF_MIN_S if self.connected else min(pause_s * 2, BACKOFF_MAX_S)
             self.connected = False
             await asyncio.sleep(pause_s)

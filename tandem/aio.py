@@ -13,6 +13,7 @@ import grpc
 
 from tandem._assembly import Assembly
 from tandem._convert import Prompt, RequestOptions, error_from_rpc, model_from_pb, request_to_pb
+from tandem.cancelling import heed_cancellation
 from tandem.connection import CHANNEL_OPTIONS, Connection, RetryPolicy, Tls
 from tandem.errors import CancelledError, TandemError, UnavailableError
 from tandem.results import Model, Result, Token
@@ -125,6 +126,7 @@ class AsyncClient:
             try:
                 return await call()
             except grpc.RpcError as rpc_error:
+                heed_cancellation()
                 error = error_from_rpc(rpc_error, self._connection.address)
             if not isinstance(error, UnavailableError) or retries >= retry.max_retries:
                 raise error
@@ -204,13 +206,12 @@ class AsyncTokenStream:
         try:
             message = await self._call.read()
         except grpc.RpcError as error:
+            heed_cancellation()
             await self._recover(error_from_rpc(error, self._connection.address))
             return
         except asyncio.CancelledError:
             # gRPC raises it in the reader for our own `cancel` (and for a closed channel) too.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
+            heed_cancellation()
             await self._recover(CancelledError("the client was closed"))
             return
         if message is grpc.aio.EOF:  # type: ignore[attr-defined]

@@ -126,27 +126,23 @@ class _Shell:
         self.reporter = Reporter(spec, lambda: self._measure(self._facts), self._on_drain)
 
     async def load(self) -> Node:
-        """Builds the node in a thread of its own. Cancelled, it has that thread clean up behind itself."""
+        """Builds the node in a thread of its own. Cancelled, it stops that thread and leaves nothing of what it built."""
         aio = asyncio.get_running_loop()
-        abandoned, lock = threading.Event(), threading.Lock()
+        abandoned = threading.Event()
 
         def progress(share: float, detail: str) -> None:
             if abandoned.is_set():
                 raise UnavailableError("the worker was stopped while it started")
             aio.call_soon_threadsafe(self._say, {"progress": share, "detail": detail})
 
-        def build() -> Node:
-            node = build_node(self._spec, progress)
-            with lock:
-                if abandoned.is_set():
-                    node.close()
-                return node
-
+        building = asyncio.ensure_future(asyncio.to_thread(build_node, self._spec, progress))
         try:
-            return await asyncio.to_thread(build)
+            return await asyncio.shield(building)
         except asyncio.CancelledError:
-            with lock:
-                abandoned.set()
+            abandoned.set()
+            await asyncio.wait([building])
+            if building.exception() is None:
+                building.result().close()
             raise
 
     async def serve(self, node: Node, stop: asyncio.Event, on_ready: Callable[[WorkerInfo], None] | None) -> None:
