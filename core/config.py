@@ -69,8 +69,36 @@ class TransferConfig(_Branch):
     """The puller counts its lease shorter by this much."""
     digest: bool = True
     pull_timeout_s: float = Field(30.0, gt=0)
+    codec: Literal["auto", "raw", "planes", "int8"] = "raw"
+    """How blocks are encoded on network links (tcp, grpc). `auto` picks the quickest that keeps every bit; `int8` does not."""
     shm_dir: str = "/dev/shm"
     tcp: TcpConfig = TcpConfig()
+
+
+class StoreConfig(_Branch):
+    """The store of the KV plane and how workers use it."""
+
+    nodes: int = Field(1, ge=0)
+    """Store nodes of the cluster; 0: workers still find each other's blocks, nothing outlives them."""
+    dram_bytes: ByteSize = Field(ByteSize(256 * 2**20), ge=2**20)
+    """Memory that one store node lends."""
+    disk_dir: str = ""
+    """Where a store node keeps blocks that memory cannot hold; empty: nowhere."""
+    disk_bytes: ByteSize = Field(ByteSize(4 * 2**30), ge=2**24)
+    policy: Literal["lru", "lfu", "cost"] = "lru"
+    """What is evicted first."""
+    tenant_share: float = Field(1.0, gt=0, le=1)
+    """Part of a node's memory that one tenant's blocks may fill."""
+    offer: bool = True
+    """Workers offer finished blocks to the store node of their host."""
+    fetch: bool = True
+    """Workers look for blocks elsewhere before they compute them."""
+    fetch_timeout_s: float = Field(1.0, gt=0)
+    """How long a prompt waits for blocks from elsewhere before it is computed."""
+    directory_ttl_s: float = Field(10.0, gt=0)
+    directory_timeout_s: float = Field(0.25, gt=0)
+    replicate_hits: int = Field(0, ge=0)
+    """A block fetched so often from another host within a minute gets a copy in this host's store; 0: never."""
 
 
 class RouterConfig(_Branch):
@@ -116,6 +144,7 @@ class Config(_Branch):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
+    store: StoreConfig = StoreConfig()
     router: RouterConfig = RouterConfig()
     cluster: ClusterConfig = ClusterConfig()
     redis: str = ""

@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tandem/v1/kv.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\"R\n\nFollowOpen\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.tandem.v1.AttemptKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tpuller_id\x18\x03 \x01(\t\"\r\n\x0b\x46ollowRenew\"\x0c\n\nFollowDone\"\x91\x01\n\rFollowRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.tandem.v1.FollowOpenH\x00\x12\'\n\x05renew\x18\x02 \x01(\x0b\x32\x16.tandem.v1.FollowRenewH\x00\x12%\n\x04\x64one\x18\x03 \x01(\x0b\x32\x15.tandem.v1.FollowDoneH\x00\x42\t\n\x07request\"s\n\x0b\x42lockRecord\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x10\n\x08\x62lock_id\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x04\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\"9\n\x0f\x41nnouncedBlocks\x12&\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x16.tandem.v1.BlockRecord\"U\n\x07\x43losing\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x11\n\tgenerated\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\"\x19\n\x07Revoked\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x94\x01\n\x0c\x41nnouncement\x12,\n\x06\x62locks\x18\x01 \x01(\x0b\x32\x1a.tandem.v1.AnnouncedBlocksH\x00\x12%\n\x07\x63losing\x18\x02 \x01(\x0b\x32\x12.tandem.v1.ClosingH\x00\x12%\n\x07revoked\x18\x03 \x01(\x0b\x32\x12.tandem.v1.RevokedH\x00\x42\x08\n\x06record\"h\n\x0bReadRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.tandem.v1.AttemptKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12&\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x16.tandem.v1.BlockRecord\"\x19\n\tReadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32}\n\x02Kv\x12?\n\x06\x46ollow\x12\x18.tandem.v1.FollowRequest\x1a\x17.tandem.v1.Announcement(\x01\x30\x01\x12\x36\n\x04Read\x12\x16.tandem.v1.ReadRequest\x1a\x14.tandem.v1.ReadChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tandem/v1/kv.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\"R\n\nFollowOpen\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.tandem.v1.AttemptKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tpuller_id\x18\x03 \x01(\t\"\r\n\x0b\x46ollowRenew\"\x0c\n\nFollowDone\"\x91\x01\n\rFollowRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.tandem.v1.FollowOpenH\x00\x12\'\n\x05renew\x18\x02 \x01(\x0b\x32\x16.tandem.v1.FollowRenewH\x00\x12%\n\x04\x64one\x18\x03 \x01(\x0b\x32\x15.tandem.v1.FollowDoneH\x00\x42\t\n\x07request\"s\n\x0b\x42lockRecord\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x10\n\x08\x62lock_id\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x04\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\"9\n\x0f\x41nnouncedBlocks\x12&\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x16.tandem.v1.BlockRecord\"U\n\x07\x43losing\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x11\n\tgenerated\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\"\x19\n\x07Revoked\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x94\x01\n\x0c\x41nnouncement\x12,\n\x06\x62locks\x18\x01 \x01(\x0b\x32\x1a.tandem.v1.AnnouncedBlocksH\x00\x12%\n\x07\x63losing\x18\x02 \x01(\x0b\x32\x12.tandem.v1.ClosingH\x00\x12%\n\x07revoked\x18\x03 \x01(\x0b\x32\x12.tandem.v1.RevokedH\x00\x42\x08\n\x06record\"h\n\x0bReadRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.tandem.v1.AttemptKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12&\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x16.tandem.v1.BlockRecord\"\x19\n\tReadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x87\x01\n\x0bHoldRequest\x12%\n\x06holder\x18\x01 \x01(\x0b\x32\x15.tandem.v1.AttemptKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12#\n\x06layout\x18\x03 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x0c\n\x04keys\x18\x04 \x03(\x0c\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\"|\n\tHoldReply\x12\'\n\x07records\x18\x01 \x03(\x0b\x32\x16.tandem.v1.BlockRecord\x12#\n\x06source\x18\x02 \x01(\x0b\x32\x13.tandem.v1.KvSource\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x10\n\x08promoted\x18\x04 \x01(\r\"C\n\x0b\x44ropRequest\x12%\n\x06holder\x18\x01 \x01(\x0b\x32\x15.tandem.v1.AttemptKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x1a\n\tDropReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\xd7\x01\n\x0cOfferRequest\x12%\n\x06holder\x18\x01 \x01(\x0b\x32\x15.tandem.v1.AttemptKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12#\n\x06layout\x18\x03 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12#\n\x06source\x18\x04 \x01(\x0b\x32\x13.tandem.v1.KvSource\x12\'\n\x07records\x18\x05 \x03(\x0b\x32\x16.tandem.v1.BlockRecord\x12\x0e\n\x06tenant\x18\x06 \x01(\x0c\x12\x0e\n\x06\x63ost_s\x18\x07 \x01(\x01\";\n\nOfferReply\x12\r\n\x05taken\x18\x01 \x01(\r\x12\r\n\x05known\x18\x02 \x01(\r\x12\x0f\n\x07refused\x18\x03 \x01(\r\"\r\n\x0bStatRequest\"\x9d\x01\n\x08TierStat\x12\x1d\n\x04tier\x18\x01 \x01(\x0e\x32\x0f.tandem.v1.Tier\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\x12\x12\n\nblocks_max\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0c\n\x04hits\x18\x05 \x01(\x04\x12\x0e\n\x06misses\x18\x06 \x01(\x04\x12\x11\n\tevictions\x18\x07 \x01(\x04\x12\x0e\n\x06pinned\x18\x08 \x01(\x04\"\xd9\x01\n\tStatReply\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12#\n\x04role\x18\x03 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\x12#\n\x06layout\x18\x04 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\"\n\x05tiers\x18\x05 \x03(\x0b\x32\x13.tandem.v1.TierStat\x12\x13\n\x0bleases_open\x18\x06 \x01(\r\x12\x0e\n\x06policy\x18\x07 \x01(\t\x12\x17\n\x0f\x64igest_failures\x18\x08 \x01(\x04\"\x1c\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"\x94\x01\n\nBlockEntry\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x1d\n\x04tier\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Tier\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0c\n\x04hits\x18\x04 \x01(\x04\x12\r\n\x05\x61ge_s\x18\x05 \x01(\x01\x12\x0e\n\x06tenant\x18\x06 \x01(\x0c\x12\x0e\n\x06pinned\x18\x07 \x01(\x08\x12\x0e\n\x06\x64igest\x18\x08 \x01(\x04\"3\n\tListReply\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.tandem.v1.BlockEntry\"\x1d\n\rVerifyRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"/\n\x0bVerifyReply\x12\x0f\n\x07\x63hecked\x18\x01 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x04\")\n\x0c\x45victRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"\x1d\n\nEvictReply\x12\x0f\n\x07\x65victed\x18\x01 \x01(\x04*$\n\x04Tier\x12\r\n\tTIER_DRAM\x10\x00\x12\r\n\tTIER_DISK\x10\x01\x32\x85\x04\n\x02Kv\x12?\n\x06\x46ollow\x12\x18.tandem.v1.FollowRequest\x1a\x17.tandem.v1.Announcement(\x01\x30\x01\x12\x36\n\x04Read\x12\x16.tandem.v1.ReadRequest\x1a\x14.tandem.v1.ReadChunk0\x01\x12\x34\n\x04Hold\x12\x16.tandem.v1.HoldRequest\x1a\x14.tandem.v1.HoldReply\x12\x34\n\x04\x44rop\x12\x16.tandem.v1.DropRequest\x1a\x14.tandem.v1.DropReply\x12\x37\n\x05Offer\x12\x17.tandem.v1.OfferRequest\x1a\x15.tandem.v1.OfferReply\x12\x34\n\x04Stat\x12\x16.tandem.v1.StatRequest\x1a\x14.tandem.v1.StatReply\x12\x36\n\x04List\x12\x16.tandem.v1.ListRequest\x1a\x14.tandem.v1.ListReply0\x01\x12:\n\x06Verify\x12\x18.tandem.v1.VerifyRequest\x1a\x16.tandem.v1.VerifyReply\x12\x37\n\x05\x45vict\x12\x17.tandem.v1.EvictRequest\x1a\x15.tandem.v1.EvictReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_TIER']._serialized_start=2315
+  _globals['_TIER']._serialized_end=2351
   _globals['_FOLLOWOPEN']._serialized_start=57
   _globals['_FOLLOWOPEN']._serialized_end=139
   _globals['_FOLLOWRENEW']._serialized_start=141
@@ -54,6 +56,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_READREQUEST']._serialized_end=863
   _globals['_READCHUNK']._serialized_start=865
   _globals['_READCHUNK']._serialized_end=890
-  _globals['_KV']._serialized_start=892
-  _globals['_KV']._serialized_end=1017
+  _globals['_HOLDREQUEST']._serialized_start=893
+  _globals['_HOLDREQUEST']._serialized_end=1028
+  _globals['_HOLDREPLY']._serialized_start=1030
+  _globals['_HOLDREPLY']._serialized_end=1154
+  _globals['_DROPREQUEST']._serialized_start=1156
+  _globals['_DROPREQUEST']._serialized_end=1223
+  _globals['_DROPREPLY']._serialized_start=1225
+  _globals['_DROPREPLY']._serialized_end=1251
+  _globals['_OFFERREQUEST']._serialized_start=1254
+  _globals['_OFFERREQUEST']._serialized_end=1469
+  _globals['_OFFERREPLY']._serialized_start=1471
+  _globals['_OFFERREPLY']._serialized_end=1530
+  _globals['_STATREQUEST']._serialized_start=1532
+  _globals['_STATREQUEST']._serialized_end=1545
+  _globals['_TIERSTAT']._serialized_start=1548
+  _globals['_TIERSTAT']._serialized_end=1705
+  _globals['_STATREPLY']._serialized_start=1708
+  _globals['_STATREPLY']._serialized_end=1925
+  _globals['_LISTREQUEST']._serialized_start=1927
+  _globals['_LISTREQUEST']._serialized_end=1955
+  _globals['_BLOCKENTRY']._serialized_start=1958
+  _globals['_BLOCKENTRY']._serialized_end=2106
+  _globals['_LISTREPLY']._serialized_start=2108
+  _globals['_LISTREPLY']._serialized_end=2159
+  _globals['_VERIFYREQUEST']._serialized_start=2161
+  _globals['_VERIFYREQUEST']._serialized_end=2190
+  _globals['_VERIFYREPLY']._serialized_start=2192
+  _globals['_VERIFYREPLY']._serialized_end=2239
+  _globals['_EVICTREQUEST']._serialized_start=2241
+  _globals['_EVICTREQUEST']._serialized_end=2282
+  _globals['_EVICTREPLY']._serialized_start=2284
+  _globals['_EVICTREPLY']._serialized_end=2313
+  _globals['_KV']._serialized_start=2354
+  _globals['_KV']._serialized_end=2871
 # @@protoc_insertion_point(module_scope)

@@ -44,6 +44,41 @@ class KvStub:
                 request_serializer=tandem_dot_v1_dot_kv__pb2.ReadRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_kv__pb2.ReadChunk.FromString,
                 _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/tandem.v1.Kv/Hold',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.HoldRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_kv__pb2.HoldReply.FromString,
+                _registered_method=True)
+        self.Drop = channel.unary_unary(
+                '/tandem.v1.Kv/Drop',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.DropRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_kv__pb2.DropReply.FromString,
+                _registered_method=True)
+        self.Offer = channel.unary_unary(
+                '/tandem.v1.Kv/Offer',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.OfferRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_kv__pb2.OfferReply.FromString,
+                _registered_method=True)
+        self.Stat = channel.unary_unary(
+                '/tandem.v1.Kv/Stat',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.StatRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_kv__pb2.StatReply.FromString,
+                _registered_method=True)
+        self.List = channel.unary_stream(
+                '/tandem.v1.Kv/List',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.ListRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_kv__pb2.ListReply.FromString,
+                _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/tandem.v1.Kv/Verify',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_kv__pb2.VerifyReply.FromString,
+                _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/tandem.v1.Kv/Evict',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.EvictRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_kv__pb2.EvictReply.FromString,
+                _registered_method=True)
 
 
 class KvServicer:
@@ -63,6 +98,52 @@ class KvServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Hold(self, request, context):
+        """Leases what of these keys is resident (a store node brings blocks up from its disk) so that it can be pulled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drop(self, request, context):
+        """Ends a lease taken with Hold. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Offer(self, request, context):
+        """Offers finished blocks to a store node, which pulls those it lacks from `source` before it answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Stat(self, request, context):
+        """For operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evict(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +156,41 @@ def add_KvServicer_to_server(servicer, server):
                     servicer.Read,
                     request_deserializer=tandem_dot_v1_dot_kv__pb2.ReadRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_kv__pb2.ReadChunk.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.HoldRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_kv__pb2.HoldReply.SerializeToString,
+            ),
+            'Drop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drop,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.DropRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_kv__pb2.DropReply.SerializeToString,
+            ),
+            'Offer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Offer,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.OfferRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_kv__pb2.OfferReply.SerializeToString,
+            ),
+            'Stat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stat,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.StatRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_kv__pb2.StatReply.SerializeToString,
+            ),
+            'List': grpc.unary_stream_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.ListRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_kv__pb2.ListReply.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.VerifyRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_kv__pb2.VerifyReply.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.EvictRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_kv__pb2.EvictReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +247,195 @@ class Kv:
             '/tandem.v1.Kv/Read',
             tandem_dot_v1_dot_kv__pb2.ReadRequest.SerializeToString,
             tandem_dot_v1_dot_kv__pb2.ReadChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Kv/Hold',
+            tandem_dot_v1_dot_kv__pb2.HoldRequest.SerializeToString,
+            tandem_dot_v1_dot_kv__pb2.HoldReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Kv/Drop',
+            tandem_dot_v1_dot_kv__pb2.DropRequest.SerializeToString,
+            tandem_dot_v1_dot_kv__pb2.DropReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Offer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Kv/Offer',
+            tandem_dot_v1_dot_kv__pb2.OfferRequest.SerializeToString,
+            tandem_dot_v1_dot_kv__pb2.OfferReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Kv/Stat',
+            tandem_dot_v1_dot_kv__pb2.StatRequest.SerializeToString,
+            tandem_dot_v1_dot_kv__pb2.StatReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.v1.Kv/List',
+            tandem_dot_v1_dot_kv__pb2.ListRequest.SerializeToString,
+            tandem_dot_v1_dot_kv__pb2.ListReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Kv/Verify',
+            tandem_dot_v1_dot_kv__pb2.VerifyRequest.SerializeToString,
+            tandem_dot_v1_dot_kv__pb2.VerifyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Kv/Evict',
+            tandem_dot_v1_dot_kv__pb2.EvictRequest.SerializeToString,
+            tandem_dot_v1_dot_kv__pb2.EvictReply.FromString,
             options,
             channel_credentials,
             insecure,
