@@ -3,7 +3,8 @@
     python -m models.train --out models/demo --minutes 80
 
 Interrupt it and run the same command again to resume from the last checkpoint.
-``--export-only`` writes the model as of that checkpoint without training.
+``--export-only`` writes the model as of that checkpoint without training. ``--start models/demo`` trains a written model
+further: its weights and its tokenizer, a schedule of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from models import optim
@@ -50,14 +51,18 @@ class Progress:
     log: list[dict[str, float]] = field(default_factory=list)
 
 
-def prepare(work: Path, config: LlamaConfig) -> tuple[Tokenizer, dict[str, np.ndarray]]:
+def prepare(work: Path, config: LlamaConfig, start: Path | None = None) -> tuple[Tokenizer, dict[str, np.ndarray]]:
     """Tokenizer and encoded documents, made once and kept in the work folder."""
     tokenizer_path, data_path = work / "tokenizer.json", work / "data.npz"
     if not data_path.exists():
         work.mkdir(parents=True, exist_ok=True)
         sources = standard_library()
         training = [s for s in sources if not s.held_out]
-        tokenizer = train_tokenizer((s.text for s in training), config.vocab_size)
+        tokenizer = (
+            Tokenizer.from_file(str(start / "tokenizer.json"))
+            if start
+            else train_tokenizer((s.text for s in training), config.vocab_size)
+        )
         encoder = Encoder(tokenizer)
         held = [s for s in sources if s.held_out]
         code = [s for s in training if not s.is_test]
@@ -235,14 +240,17 @@ def main() -> None:
     budget.add_argument("--tokens", type=int, help="budget in tokens, instead of minutes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--start", type=Path, help="folder of a written model to train further")
     parser.add_argument("--export-only", action="store_true")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     config = LlamaConfig()
-    tokenizer, data = prepare(args.work, config)
+    tokenizer, data = prepare(args.work, config, args.start)
     model = Llama(config)
+    if args.start:
+        model.load_state_dict({name: t.float() for name, t in load_file(args.start / "model.safetensors").items()})
     progress = train(args, model, data)
     weights = export(model, tokenizer, args.out)
     model.load_state_dict(weights)  # report on what was written, rounded to bf16
