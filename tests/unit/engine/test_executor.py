@@ -178,7 +178,7 @@ def test_seeded_tokens_do_not_depend_on_the_batch(executor: Get) -> None:
 
 @pytest.mark.parametrize(
     ("where", "start", "told"),
-    [([0, 256], 0, "block id"), ([0, -1], 0, "block id"), (list(range(256)) + [0, 1], 1022, "context"), ([0], 0, "blocks")],
+    [([0, 256], 0, "block id"), ([0, -1], 0, "block id"), ([*range(256), 0, 1], 1022, "context"), ([0], 0, "blocks")],
 )
 def test_what_would_leave_the_memory_is_refused(executor: Get, where: list[int], start: int, told: str) -> None:
     with pytest.raises(AssertionError, match=told):
