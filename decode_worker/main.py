@@ -16,6 +16,7 @@ from decode_worker.role import DecodeRole
 from decode_worker.service import DecodeHandler
 from engine.output import StepOutput
 from kvtransfer.channels import Channels
+from kvtransfer.fetch import Fetcher
 from kvtransfer.plane import build_transports
 from kvtransfer.puller import Puller
 from tandem.v1 import decode_pb2_grpc
@@ -32,16 +33,16 @@ class DecodeParts:
         spec, node, clock = base.spec, base.node, base.clock
         config = spec.config
         self._channels = Channels()
-        self._transports = build_transports(config.transfer, node.arena.bytes_view(), self._channels)
+        transports = build_transports(config.transfer, node.arena.bytes_view(), self._channels)
+        self._fetcher = Fetcher(transports, config.transfer.transport, clock, host_id=base.host_id)
         self._puller = Puller(
             node.layout,
             node.inventory,
-            self._transports,
+            self._fetcher,
             self._channels,
             config.transfer,
             clock,
             puller_id=spec.worker_id,
-            host_id=base.host_id,
         )
         self._ingests = Ingests(self._puller, node.inventory, node.root_key, config.engine, clock)
         self.handler = DecodeHandler(base.engine, base.links, self._ingests, node.inventory, clock, config.engine.max_running)
@@ -60,7 +61,7 @@ class DecodeParts:
         return len(self._ingests)
 
     def collect(self) -> Iterable[Metric]:
-        transfers, stats = self.handler.transfers, self._puller.stats
+        transfers, stats = self.handler.transfers, self._fetcher.stats
         yield gauge("tandem_kv_reservations", "Hand-offs that memory is set aside for.", len(self._ingests))
         yield histogram_family(
             "tandem_kv_transfer_seconds", "Time in transports per hand-off taken in.", [(transfers.seconds, {})]
@@ -79,14 +80,13 @@ class DecodeParts:
             ("failed", "next"),
             stats.fallbacks.items(),
         )
-        failures = [((code,), count) for code, count in stats.failures.items()]
+        failures = [((code,), count) for code, count in self._puller.stats.failures.items()]
         yield counters("tandem_kv_transfer_failures_total", "Hand-offs that failed, by error code.", ("code",), failures)
 
     async def close(self) -> None:
         await self._ingests.close()
         await self._puller.close()
-        for transport in self._transports.values():
-            await transport.close()
+        await self._fetcher.close()
         await self._channels.close()
 
 

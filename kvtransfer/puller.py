@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from core.blocks import BlockKey, BlockRecord, Closing, KvLayout, KvSource, KvTicket
+from core.blocks import BlockKey, BlockRecord, Closing, KvLayout, KvTicket
 from core.clock import Clock
 from core.config import TransferConfig
-from core.errors import LayoutMismatchError, LeaseExpiredError, StaleEpochError, TransferError
+from core.errors import LayoutMismatchError, TransferError
 from core.inventory import Inventory
 from kvtransfer.channels import Channels
-from kvtransfer.choose import transport_order
 from kvtransfer.codec import check_codec
+from kvtransfer.fetch import Fetcher
 from kvtransfer.following import Following, SourceGoneError
 from kvtransfer.handoff import Ingest
-from kvtransfer.transport import BlocksGoneError, PullResult, Transport
-
-log = logging.getLogger(__name__)
-
-DEMOTED_S = 30.0  # a transport that failed with a source is tried last for so long
+from kvtransfer.transport import BlocksGoneError
 
 
 @dataclass(slots=True)
@@ -60,10 +55,6 @@ class PullStats:
 
     pulls: int = 0
     failures: Counter[str] = field(default_factory=Counter)  # by error code
-    bytes: Counter[str] = field(default_factory=Counter)  # by transport
-    blocks: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=dict)
-    fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)  # (failed, tried next)
 
 
 class Puller:
@@ -73,25 +64,21 @@ class Puller:
         self,
         layout: KvLayout,
         inventory: Inventory,
-        transports: Mapping[str, Transport],
+        fetcher: Fetcher,
         channels: Channels,
         config: TransferConfig,
         clock: Clock,
         *,
         puller_id: str,
-        host_id: str,
     ) -> None:
         self.stats = PullStats()
         self.layout = layout
         self.inventory = inventory
-        self.transports = transports
+        self.fetcher = fetcher
         self.channels = channels
         self.config = config
         self.clock = clock
         self.puller_id = puller_id
-        self.host_id = host_id
-        self._sources: dict[str, KvSource] = {}
-        self._demoted: dict[tuple[str, int, str], float] = {}
         self._finishing: set[asyncio.Task[None]] = set()
 
     async def pull(self, ticket: KvTicket, plan: IngestPlan) -> IngestResult:
@@ -105,7 +92,8 @@ class Puller:
             self._check(ticket)
             return await self._follow(ticket, plan)
         except SourceGoneError as error:
-            self._forget(ticket.source)
+            self.fetcher.forget(ticket.source)
+            self.channels.forget(ticket.source)
             self.stats.failures[error.code] += 1
             raise
         except TransferError as error:
@@ -117,28 +105,12 @@ class Puller:
         if self._finishing:
             await asyncio.wait(self._finishing)
 
-    def order(self, source: KvSource) -> list[str]:
-        """The transports to try for this source, best first."""
-        now = self.clock.now()
-        failing = [n for n in self.transports if self._demoted.get((source.worker_id, source.epoch, n), now) > now]
-        return list(transport_order(self.config.transport, self.transports, self.host_id, source, failing))
-
-    def demote(self, source: KvSource, failed: str, following: str, error: TransferError) -> None:
-        log.warning("%s failed with %s (%s); going on over %s", failed, source.worker_id, error.message, following)
-        self.stats.fallbacks[failed, following] += 1
-        self._demoted[source.worker_id, source.epoch, failed] = self.clock.now() + DEMOTED_S
-
     def _check(self, ticket: KvTicket) -> None:
         mismatch = self.layout.mismatch(ticket.layout)
         if mismatch is not None:
             raise LayoutMismatchError(f"blocks of {ticket.source.worker_id} do not fit: {mismatch}")
         check_codec(ticket.codec)
-        source, known = ticket.source, self._sources.get(ticket.source.worker_id)
-        if known is not None and known.epoch > source.epoch:
-            raise StaleEpochError(f"{source.worker_id} is of epoch {known.epoch} by now, the ticket of epoch {source.epoch}")
-        if known is not None and known.epoch < source.epoch:
-            self._forget(known)
-        self._sources[source.worker_id] = source
+        self.fetcher.meet(ticket.source)
 
     async def _follow(self, ticket: KvTicket, plan: IngestPlan) -> IngestResult:
         handoff = _Handoff(self, ticket, plan)
@@ -171,14 +143,6 @@ class Puller:
         self._finishing.add(task)
         task.add_done_callback(self._finishing.discard)
 
-    def _forget(self, source: KvSource) -> None:
-        for transport in self.transports.values():
-            transport.forget(source)
-        self.channels.forget(source)
-        self._sources.pop(source.worker_id, None)
-        for place in [p for p in self._demoted if p[:2] == (source.worker_id, source.epoch)]:
-            del self._demoted[place]
-
 
 class _Handoff:
     """One pull: what the source says goes into the Ingest, what the Ingest wants is fetched, committed and noted."""
@@ -187,7 +151,6 @@ class _Handoff:
         self._puller = puller
         self._ticket = ticket
         self._plan = plan
-        self._order = puller.order(ticket.source)
         self._ingest = Ingest(plan.keys, plan.num_tokens, puller.layout.block_size, plan.local)
         self._news = asyncio.Event()
         self._bytes = 0
@@ -221,14 +184,14 @@ class _Handoff:
 
     async def _open(self) -> None:
         """Maps or dials while prefill still computes, so that the first blocks do not wait for it."""
-        if self._ingest.missing and self._order[0] in ("shm", "tcp"):
-            await self._fetch((), ())
+        if self._ingest.missing:
+            await self._puller.fetcher.open(self._ticket.source, self._ticket.key)
 
     async def _move(self, records: Sequence[BlockRecord]) -> None:
         plan, inventory = self._plan, self._puller.inventory
         dest_blocks = [plan.blocks[record.index] for record in records]
         try:
-            result = await self._fetch(records, dest_blocks)
+            result = await self._puller.fetcher.fetch(self._ticket.source, self._ticket.key, records, dest_blocks)
         except BlocksGoneError as gone:
             self._ingest.returned(records, frozenset(gone.indices) or frozenset(r.index for r in records))
             return
@@ -237,31 +200,9 @@ class _Handoff:
                 plan.blocks[record.index] = inventory.commit(block, record.key, record.digest)
             self._ingest.landed(record.index)
         self._landed_at = self._puller.clock.now()
-        self._transport = self._order[0]
-        self._count(result, len(records))
-
-    async def _fetch(self, records: Sequence[BlockRecord], dest_blocks: Sequence[int]) -> PullResult:
-        """By the best transport that still works; the next one takes over for the rest of this pull and for a while."""
-        source = self._ticket.source
-        while True:
-            name = self._order[0]
-            try:
-                return await self._puller.transports[name].pull(source, self._ticket.key, records, dest_blocks)
-            except (StaleEpochError, LeaseExpiredError, LayoutMismatchError):
-                raise  # true over every transport
-            except TransferError as error:
-                if len(self._order) == 1:
-                    raise
-                del self._order[0]
-                self._puller.demote(source, name, self._order[0], error)
-
-    def _count(self, result: PullResult, num_blocks: int) -> None:
-        name, stats = self._transport, self._puller.stats
+        self._transport = result.transport
         self._bytes += result.bytes
         self._transfer_s += result.seconds
-        stats.bytes[name] += result.bytes
-        stats.blocks[name] += num_blocks
-        stats.seconds[name] = stats.seconds.get(name, 0.0) + result.seconds
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -14,6 +14,8 @@ from kvtransfer.arena import Blocks
 class PullResult(NamedTuple):
     bytes: int
     seconds: float
+    transport: str = ""
+    """By which the blocks came; filled in by whoever chose it."""
 
 
 class BlocksGoneError(LeaseExpiredError):

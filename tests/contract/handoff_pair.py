@@ -19,6 +19,7 @@ from core.service import GrpcServer, Registration, serve
 from kvtransfer.arena import Arena, HostArena, host_id
 from kvtransfer.channels import Channels
 from kvtransfer.exports import Exports
+from kvtransfer.fetch import Fetcher
 from kvtransfer.loopback import LoopbackHub
 from kvtransfer.plane import build_transports, offered
 from kvtransfer.puller import IngestPlan, Puller
@@ -90,6 +91,7 @@ class Destination:
     arena: Arena
     inventory: Inventory
     puller: Puller
+    fetcher: Fetcher
 
     def plan(self, tokens: list[int]) -> IngestPlan:
         """Blocks for the tokens: resident ones first, then fresh ones."""
@@ -140,13 +142,12 @@ async def destination_end(hub: LoopbackHub | None = None, **config: object) -> A
     inventory = Inventory(NUM_BLOCKS, arena.generation_words())
     channels = Channels()
     transports = build_transports(settings, arena.bytes_view(), channels, hub or LoopbackHub())
-    here = host_id(settings.shm_dir)
     clock = SystemClock()
-    puller = Puller(LAYOUT, inventory, transports, channels, settings, clock, puller_id="decode-0", host_id=here)
-    yield Destination(arena, inventory, puller)
+    fetcher = Fetcher(transports, settings.transport, clock, host_id=host_id(settings.shm_dir))
+    puller = Puller(LAYOUT, inventory, fetcher, channels, settings, clock, puller_id="decode-0")
+    yield Destination(arena, inventory, puller, fetcher)
     await puller.close()
-    for transport in transports.values():
-        await transport.close()
+    await fetcher.close()
     await channels.close()
 
 

@@ -49,9 +49,9 @@ async def test_blocks_are_pulled_while_prefill_goes_on(transport, tmp_path):
         source.announce(KEY, TOKENS, 0, 2)
         plan = destination.plan(TOKENS)
         task = pulling(destination, ticket, plan)
-        await until(lambda: destination.puller.stats.blocks[transport] == 2)
+        await until(lambda: destination.fetcher.stats.blocks[transport] == 2)
         source.announce(KEY, TOKENS, 2, 5)
-        await until(lambda: destination.puller.stats.blocks[transport] == 5)
+        await until(lambda: destination.fetcher.stats.blocks[transport] == 5)
         source.close(KEY, TOKENS)
         result = await task
         assert result.closing == Closing(90, (42,), False, 0.5)
@@ -181,7 +181,7 @@ async def test_a_revoked_hand_off_fails_with_the_reason():
         source.announce(KEY, TOKENS, 0, 2)
         plan = destination.plan(TOKENS)
         task = pulling(destination, ticket, plan)
-        await until(lambda: destination.puller.stats.blocks["grpc"] == 2)
+        await until(lambda: destination.fetcher.stats.blocks["grpc"] == 2)
         source.exports.revoke(KEY, "the client went away")
         with pytest.raises(TransferError, match="the client went away"):
             await task
@@ -211,7 +211,7 @@ async def test_a_cancelled_pull_tells_the_source_and_keeps_its_references():
         source.announce(KEY, TOKENS, 0, 3)
         plan = destination.plan(TOKENS)
         task = pulling(destination, ticket, plan)
-        await until(lambda: destination.puller.stats.blocks["grpc"] == 3)
+        await until(lambda: destination.fetcher.stats.blocks["grpc"] == 3)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -249,7 +249,7 @@ async def test_a_source_that_falls_silent_loses_its_lease():
             plan = destination.plan(TOKENS)
             source.announce(KEY, TOKENS, 0, 2)
             task = pulling(destination, ticket, plan)
-            await until(lambda: destination.puller.stats.blocks["grpc"] == 2)
+            await until(lambda: destination.fetcher.stats.blocks["grpc"] == 2)
             line.freeze()
             async with asyncio.timeout(5):
                 with pytest.raises(LeaseExpiredError, match="has not renewed"):
@@ -269,7 +269,7 @@ async def test_a_broken_line_is_mended_and_each_block_pulled_once():
             task = pulling(destination, ticket, plan)
             for index in range(3):
                 source.announce(KEY, TOKENS, index, index + 1)
-                await until(lambda: destination.puller.stats.blocks["grpc"] == index + 1)  # noqa: B023
+                await until(lambda: destination.fetcher.stats.blocks["grpc"] == index + 1)  # noqa: B023
                 line.cut()
             source.announce(KEY, TOKENS, 3, 5)
             source.close(KEY, TOKENS)
@@ -287,7 +287,7 @@ async def test_a_source_that_is_gone_fails_soon_and_is_forgotten():
             source.announce(KEY, TOKENS, 0, 2)
             plan = destination.plan(TOKENS)
             task = pulling(destination, ticket, plan)
-            await until(lambda: destination.puller.stats.blocks["grpc"] == 2)
+            await until(lambda: destination.fetcher.stats.blocks["grpc"] == 2)
             await source.server._server.stop(0)
             async with asyncio.timeout(8):
                 with pytest.raises(TransferError):
@@ -308,8 +308,8 @@ async def test_a_failing_transport_falls_back_and_says_so(tmp_path):
         source.close(KEY, TOKENS)
         result = await destination.puller.pull(ticket, plan)
         assert result.transport == "grpc"
-        assert destination.puller.stats.fallbacks == {("shm", "grpc"): 1}
-        assert destination.puller.order(ticket.source) == ["grpc", "shm"]
+        assert destination.fetcher.stats.fallbacks == {("shm", "grpc"): 1}
+        assert destination.fetcher.order(ticket.source) == ["grpc", "shm"]
         destination.expect(plan, TOKENS)
 
 
@@ -325,7 +325,7 @@ async def test_a_block_computed_anew_after_it_was_lost_is_pulled_from_its_new_pl
         source.announce(KEY, TOKENS, 1, 3)
         plan = destination.plan(TOKENS)
         task = pulling(destination, ticket, plan)
-        await until(lambda: destination.puller.stats.blocks[transport] == 2)
+        await until(lambda: destination.fetcher.stats.blocks[transport] == 2)
         source.announce(KEY, TOKENS, 0, 1)
         source.announce(KEY, TOKENS, 3, 5)
         source.close(KEY, TOKENS)

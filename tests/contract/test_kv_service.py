@@ -149,7 +149,7 @@ async def test_a_killed_source_fails_the_pull_and_leaves_what_arrived(transport,
         async with destination_end(transport=transport, shm_dir=str(tmp_path)) as destination:
             plan = destination.plan(TOKENS)
             task = asyncio.create_task(destination.puller.pull(ticket, plan))
-            await until(lambda: destination.puller.stats.blocks[transport] == 3 or task.done())
+            await until(lambda: destination.fetcher.stats.blocks[transport] == 3 or task.done())
             process.send_signal(signal.SIGKILL)
             async with asyncio.timeout(10):
                 with pytest.raises(TransferError):
@@ -158,7 +158,7 @@ async def test_a_killed_source_fails_the_pull_and_leaves_what_arrived(transport,
             assert resident == plan.blocks[:3], "blocks that were checked stay as cache"
             expected = np.random.default_rng(TOKENS[:16]).integers(0, 256, LAYOUT.block_bytes, np.uint8)
             assert np.array_equal(destination.arena.bytes_view()[resident[0]], expected)
-            assert not destination.puller.transports["shm"]._mapped, "the dead worker's memory is not kept"
+            assert not destination.fetcher.transports["shm"]._mapped, "the dead worker's memory is not kept"
             destination.inventory.release(resident)
             destination.expect_all_free(plan)
     finally:

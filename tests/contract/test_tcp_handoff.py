@@ -46,8 +46,8 @@ async def test_a_hand_off_between_hosts_goes_over_tcp():
         source.close(KEY, TOKENS)
         result = await pulling
         assert result.transport == "tcp"
-        assert destination.puller.stats.blocks == {"tcp": 5}
-        assert not destination.puller.stats.fallbacks
+        assert destination.fetcher.stats.blocks == {"tcp": 5}
+        assert not destination.fetcher.stats.fallbacks
         destination.expect(plan, TOKENS)
 
 
@@ -58,12 +58,12 @@ async def test_grpc_takes_over_in_mid_flight_and_the_metric_says_so(blocks_befor
         if blocks_before:
             source.announce(KEY, TOKENS, 0, blocks_before)
         pulling = asyncio.create_task(destination.puller.pull(ticket, plan))
-        await until(lambda: destination.puller.stats.blocks["tcp"] == blocks_before and server._connections)
+        await until(lambda: destination.fetcher.stats.blocks["tcp"] == blocks_before and server._connections)
         await asyncio.to_thread(server.close)
         source.announce(KEY, TOKENS, blocks_before, 4)
         source.close(KEY, TOKENS)
         assert (await pulling).transport == "grpc"
-        stats = destination.puller.stats
+        stats = destination.fetcher.stats
         assert stats.fallbacks == {("tcp", "grpc"): 1}
         assert (stats.blocks["tcp"], stats.blocks["grpc"]) == (blocks_before, 5 - blocks_before)
         destination.expect(plan, TOKENS)
@@ -76,13 +76,13 @@ async def test_a_block_lost_on_the_way_is_read_again_over_tcp():
         source.exports.announce(KEY, [replace(lost, generation=lost.generation - 1, digest=5)])
         source.announce(KEY, TOKENS, 1, 3)
         pulling = asyncio.create_task(destination.puller.pull(ticket, plan))
-        await until(lambda: destination.puller.stats.blocks["tcp"] == 2)
+        await until(lambda: destination.fetcher.stats.blocks["tcp"] == 2)
         source.announce(KEY, TOKENS, 0, 1)
         source.announce(KEY, TOKENS, 3, 4)
         source.close(KEY, TOKENS)
         await pulling
         destination.expect(plan, TOKENS)
-        assert destination.puller.stats.blocks == {"tcp": 5}
+        assert destination.fetcher.stats.blocks == {"tcp": 5}
 
 
 async def test_a_cancelled_hand_off_ends_the_export():
@@ -90,7 +90,7 @@ async def test_a_cancelled_hand_off_ends_the_export():
         ticket, plan = opened(source, server), destination.plan(TOKENS)
         source.announce(KEY, TOKENS, 0, 2)
         pulling = asyncio.create_task(destination.puller.pull(ticket, plan))
-        await until(lambda: destination.puller.stats.blocks["tcp"] == 2)
+        await until(lambda: destination.fetcher.stats.blocks["tcp"] == 2)
         pulling.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await pulling

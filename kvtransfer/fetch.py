@@ -1,0 +1,121 @@
+"""Bytes of blocks from wherever they are: the best transport that works, the next one when it fails, all of it counted.
+
+Hand-offs, blocks held by key and the offers of a store share this one object of a process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from core.blocks import BlockRecord, KvSource
+from core.clock import Clock
+from core.errors import LayoutMismatchError, LeaseExpiredError, StaleEpochError, TransferError
+from core.request import AttemptKey
+from kvtransfer.choose import transport_order
+from kvtransfer.transport import PullResult, Transport
+
+log = logging.getLogger(__name__)
+
+DEMOTED_S = 30.0  # a transport that failed with a source is tried last for so long
+
+
+@dataclass(slots=True)
+class FetchStats:
+    """Plain numbers, read when metrics are scraped."""
+
+    bytes: Counter[str] = field(default_factory=Counter)  # by transport
+    blocks: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)  # (failed, tried next)
+
+
+class Fetcher:
+    """One per process and arena. Any number of fetches at the same time.
+
+    `configured` is `transfer.transport`; `host_id` says whose shared memory can be mapped here.
+    """
+
+    def __init__(self, transports: Mapping[str, Transport], configured: str, clock: Clock, *, host_id: str) -> None:
+        self.stats = FetchStats()
+        self.host_id = host_id
+        self.transports = transports
+        self._configured = configured
+        self._clock = clock
+        self._sources: dict[str, KvSource] = {}
+        self._demoted: dict[tuple[str, int, str], float] = {}
+
+    def meet(self, source: KvSource) -> None:
+        """To be told of a source before anything is fetched from it: what is cached of an older incarnation is dropped.
+
+        Raises StaleEpochError when a newer incarnation of the worker is known here.
+        """
+        known = self._sources.get(source.worker_id)
+        if known is not None and known.epoch > source.epoch:
+            raise StaleEpochError(f"{source.worker_id} is of epoch {known.epoch} by now, not of epoch {source.epoch}")
+        if known is not None and known.epoch < source.epoch:
+            self.forget(known)
+        self._sources[source.worker_id] = source
+
+    def order(self, source: KvSource) -> list[str]:
+        """The transports to try for this source, best first. Raises TransferError when none reaches it."""
+        now = self._clock.now()
+        failing = [n for n in self.transports if self._demoted.get((source.worker_id, source.epoch, n), now) > now]
+        return list(transport_order(self._configured, self.transports, self.host_id, source, failing))
+
+    async def open(self, source: KvSource, key: AttemptKey) -> None:
+        """Maps or dials ahead of the first fetch, where that takes a while."""
+        if self.order(source)[0] in ("shm", "tcp"):
+            await self.fetch(source, key, (), ())
+
+    async def fetch(
+        self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int]
+    ) -> PullResult:
+        """Fills `dest_blocks` as `Transport.pull` does, by the best transport that works.
+
+        One that fails is tried last with this source for a while. Raises what the last one raised, and at once what is
+        true over every transport: StaleEpochError, LeaseExpiredError, LayoutMismatchError.
+        """
+        order = self.order(source)
+        for name, following in zip(order, [*order[1:], None], strict=True):
+            try:
+                result = await self.transports[name].pull(source, key, records, dest_blocks)
+            except (StaleEpochError, LeaseExpiredError, LayoutMismatchError):
+                raise
+            except TransferError as error:
+                if following is None:
+                    raise
+                self._demote(source, name, following, error)
+            else:
+                self._count(name, result, len(records))
+                return result._replace(transport=name)
+        raise AssertionError("an order of transports is never empty")
+
+    def forget(self, source: KvSource) -> None:
+        """Drops what is cached of an incarnation that is gone."""
+        for transport in self.transports.values():
+            transport.forget(source)
+        if self._sources.get(source.worker_id) == source:
+            del self._sources[source.worker_id]
+        for place in [p for p in self._demoted if p[:2] == (source.worker_id, source.epoch)]:
+            del self._demoted[place]
+
+    async def close(self) -> None:
+        """Closes the transports."""
+        for transport in self.transports.values():
+            await transport.close()
+
+    def _demote(self, source: KvSource, failed: str, following: str, error: TransferError) -> None:
+        log.warning("%s failed with %s (%s); going on over %s", failed, source.worker_id, error.message, following)
+        self.stats.fallbacks[failed, following] += 1
+        self._demoted[source.worker_id, source.epoch, failed] = self._clock.now() + DEMOTED_S
+
+    def _count(self, name: str, result: PullResult, num_blocks: int) -> None:
+        if not num_blocks:
+            return
+        stats = self.stats
+        stats.bytes[name] += result.bytes
+        stats.blocks[name] += num_blocks
+        stats.seconds[name] = stats.seconds.get(name, 0.0) + result.seconds
