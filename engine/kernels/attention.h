@@ -44,7 +44,7 @@ template <class T> inline void prefetch(const T *base, const Keys &keys, long po
     for (long byte = 0; byte < LANES * keys.dim * (long)sizeof(T); byte += 64) __builtin_prefetch(at + byte);
 }
 
-// scores[r][j] = q_r . k_(from + j) for sixteen keys, summed over the dimension in order.
+// scores[r][j] = q_r . k_(from + j) for LANES keys, summed over the dimension in order.
 template <int R> void dot_block(const float *q, long q_stride, const float *kt, long dim, float *scores, long stride) {
     Vec acc[R];
     for (int r = 0; r < R; r++) acc[r] = Vec{};
@@ -52,7 +52,7 @@ template <int R> void dot_block(const float *q, long q_stride, const float *kt, 
     for (int r = 0; r < R; r++) store(scores + r * stride, acc[r]);
 }
 
-// Sixteen rows become sixteen columns: halves are exchanged between rows 8, 4, 2 and 1 apart.
+// LANES rows become as many columns: halves are exchanged between rows LANES / 2 … 2 and 1 apart.
 template <int S> inline __attribute__((always_inline)) void exchange(Vec *v) {
     IVec low, high;
     for (int l = 0; l < LANES; l++) { low[l] = l & S ? LANES + l - S : l; high[l] = l & S ? LANES + l : l + S; }
@@ -61,7 +61,10 @@ template <int S> inline __attribute__((always_inline)) void exchange(Vec *v) {
         v[i] = __builtin_shuffle(a, b, low); v[i + S] = __builtin_shuffle(a, b, high);
     }
 }
-inline __attribute__((always_inline)) void transpose(Vec *v) { exchange<8>(v); exchange<4>(v); exchange<2>(v); exchange<1>(v); }
+template <int S> inline __attribute__((always_inline)) void transpose(Vec *v) {
+    exchange<S>(v);
+    if constexpr (S > 1) transpose<S / 2>(v);
+}
 
 // kt[d][i] = component d of key from + i, zero beyond `to`.
 template <class T> void turn_keys(const T *base, const Keys &keys, long from, long to, float *kt) {
@@ -75,7 +78,7 @@ template <class T> void turn_keys(const T *base, const Keys &keys, long from, lo
     for (; d + LANES <= keys.dim; d += LANES) {
         Vec v[LANES];
         for (int i = 0; i < LANES; i++) v[i] = row[i] ? load(row[i] + d) : Vec{};
-        transpose(v);
+        transpose<LANES / 2>(v);
         for (int i = 0; i < LANES; i++) store(kt + (d + i) * LANES, v[i]);
     }
     for (; d < keys.dim; d++) for (long i = 0; i < LANES; i++) kt[d * LANES + i] = row[i] ? widen(row[i][d]) : 0.0f;
@@ -102,8 +105,8 @@ template <int R, int D, class T> void mix(const float *p, long stride, const T *
 template <int R, class T> void mix_rows(const float *p, long stride, const T *base, const Keys &keys, long from, long to,
                                         float *out, long out_stride) {
     long d = 0;
-    for (; R <= 4 && d + 4 * LANES <= keys.dim; d += 4 * LANES) mix<R, 4>(p, stride, base, keys, from, to, d, out, out_stride);
-    for (; d + 2 * LANES <= keys.dim; d += 2 * LANES) mix<R, 2>(p, stride, base, keys, from, to, d, out, out_stride);
+    if constexpr (R * 4 <= ACCUMULATORS) for (; d + 4 * LANES <= keys.dim; d += 4 * LANES) mix<R, 4>(p, stride, base, keys, from, to, d, out, out_stride);
+    if constexpr (R * 2 <= ACCUMULATORS) for (; d + 2 * LANES <= keys.dim; d += 2 * LANES) mix<R, 2>(p, stride, base, keys, from, to, d, out, out_stride);
     for (; d + LANES <= keys.dim; d += LANES) mix<R, 1>(p, stride, base, keys, from, to, d, out, out_stride);
     for (; d < keys.dim; d++) for (int r = 0; r < R; r++) {
         float acc = 0.0f;

@@ -1,7 +1,7 @@
 // The arithmetic of a decoder layer for CPUs. Every sum runs in one fixed order that follows from the element alone: over
-// k = 0, 1, 2 … for products, over key positions for attention, by lane of sixteen for norms. So a row comes out the same
-// bits whatever rows, chunks, tiles or threads stand beside it. Written with GCC vector extensions; the compiler lowers the
-// sixteen-wide vectors to what the machine has. Weights and KV may be bfloat16, arithmetic is always float.
+// k = 0, 1, 2 … for products, over key positions for attention, by lane for norms. So a row comes out the same
+// bits whatever rows, chunks, tiles or threads stand beside it. Written with GCC vector extensions, as wide as
+// the machine's registers. Weights and KV may be bfloat16, arithmetic is always float.
 #include "attention.h"
 #include "products.h"
 

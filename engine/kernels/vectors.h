@@ -1,30 +1,37 @@
-// Sixteen floats at a time: loading, rounding, summing, exponentials.
+// As many floats at a time as a register of this processor holds: loading, rounding, summing, exponentials.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-
 namespace {
+// A vector is exactly a register: GCC takes wider ones apart through memory, which costs a factor of fifteen. Of the
+// registers there are (AVX-512 32, AVX2 16), ROWS x VECTORS hold sums; ACCUMULATORS of them in attention.
 #if defined(__AVX512F__)
-constexpr long VECTORS = 4, ROWS = 6;
+constexpr long LANES = 16, VECTORS = 4, ACCUMULATORS = 16;
+#elif defined(__AVX__)
+constexpr long LANES = 8, VECTORS = 2, ACCUMULATORS = 12;
 #else
-constexpr long VECTORS = 1, ROWS = 6;
+constexpr long LANES = 4, VECTORS = 2, ACCUMULATORS = 12;
 #endif
-constexpr long LANES = 16, PANEL = VECTORS * LANES, FEW_ROWS = 16, STRETCH = 768, AHEAD = 4096, KEYS_AHEAD = 3 * LANES;
-typedef float Vec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t IVec __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t UVec __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Half __attribute__((vector_size(32), aligned(2)));
+constexpr long ROWS = 6, PANEL = VECTORS * LANES, FEW_ROWS = 16, STRETCH = 768, AHEAD = 4096, KEYS_AHEAD = 48;
+typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t IVec __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef uint32_t UVec __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef uint16_t Half __attribute__((vector_size(LANES * 2), aligned(2)));
 
 inline Vec load(const float *p) { return *(const Vec *)p; }
 #if defined(__AVX512F__)
 inline Vec load(const uint16_t *p) {  // GCC splits the generic conversion below into five shuffles
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+}
+#elif defined(__AVX2__)
+inline Vec load(const uint16_t *p) {
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
 }
 #else
 inline Vec load(const uint16_t *p) { return (Vec)(__builtin_convertvector(*(const Half *)p, UVec) << 16); }
