@@ -8,6 +8,7 @@ They are never dependencies of the product. A peer that is not installed gives r
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,13 @@ def python_of(name: str) -> Path | None:
     """The interpreter of an installed peer, or None."""
     path = HOME / name / "bin" / "python"
     return path if (HOME / name / ".ready").exists() else None
+
+
+def environment_of(name: str, **settings: str) -> dict[str, str]:
+    """The environment variables to run it with: ours, the libraries unpacked for it, and `settings`."""
+    libraries = HOME / name / "deb"
+    found = {"LD_LIBRARY_PATH": str(libraries)} if libraries.exists() else {}
+    return {**os.environ, **found, **settings}
 
 
 def _pip(name: str, *words: str) -> None:
@@ -51,13 +59,48 @@ def _vllm(name: str) -> None:
 
 
 def _mooncake(name: str) -> None:
-    """The build without CUDA. Its library links against InfiniBand's, also when only TCP is used."""
+    """The build without CUDA. Its library links against InfiniBand's, also when only TCP is used: where the machine has
+    none, Debian's packages are unpacked beside it, and nothing outside the environment changes."""
     _pip(name, "install", "mooncake-transfer-engine-non-cuda==0.3.13.post1", "numpy")
-    if subprocess.run([HOME / name / "bin" / "python", "-c", "import mooncake.engine"], check=False).returncode:
+    if not _imports(name, "mooncake.engine"):
+        _unpack_debian(HOME / name, "libibverbs1", "libnl-3-200", "libnl-route-3-200")
+    if not _imports(name, "mooncake.engine"):
         raise OSError("its library does not load; install Debian's libibverbs1 (apt-get install libibverbs1) and try again")
 
 
-PEERS: dict[str, Callable[[str], None]] = {"vllm": _vllm, "llama-cpp": _llama_cpp, "mooncake": _mooncake}
+def _nixl(name: str) -> None:
+    """With torch for the CPU there first, pip fetches none of its CUDA builds (1.4 GB instead of 6)."""
+    _pip(name, "install", TORCH, "numpy")
+    _pip(name, "install", "nixl==1.5.1")
+
+
+def _flight(name: str) -> None:
+    _pip(name, "install", "pyarrow==26.0.1", "numpy")
+
+
+def _imports(name: str, module: str) -> bool:
+    command = [HOME / name / "bin" / "python", "-c", f"import {module}"]
+    return not subprocess.run(command, env=environment_of(name), check=False).returncode
+
+
+def _unpack_debian(home: Path, *packages: str) -> None:
+    """Their shared libraries into `home`/deb, which `environment_of` puts on the library path. Raises CalledProcessError."""
+    libraries = home / "deb"
+    libraries.mkdir()
+    subprocess.run(["apt-get", "download", "-qq", *packages], cwd=libraries, check=True)
+    for package in libraries.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", package, libraries / "root"], check=True)
+    for library in (libraries / "root").rglob("lib*.so.*"):
+        (libraries / library.name).symlink_to(library)
+
+
+PEERS: dict[str, Callable[[str], None]] = {
+    "vllm": _vllm,
+    "llama-cpp": _llama_cpp,
+    "mooncake": _mooncake,
+    "nixl": _nixl,
+    "flight": _flight,
+}
 
 
 def install(name: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,20 @@ from kvtransfer.segments import EMPTY_SLOT, HEADER_BYTES, SLOT_BYTES, Geometry, 
 READ_ONLY_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 IOV_MAX = 512  # buffers per system call; Linux takes 1024
 SUFFIX = ".seg"
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def _sync_file_range() -> Callable[[int, int, int, int], int]:
+    """Linux has it and Python does not name it; where there is none, the kernel begins to write when it sees fit."""
+    try:
+        call = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return lambda fd, offset, length, flags: 0
+    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
+
+
+_start_writing = _sync_file_range()
 
 
 class FileCalls(Protocol):
@@ -26,6 +41,10 @@ class FileCalls(Protocol):
 
     def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int: ...
 
+    def start_writing(self, fd: int, offset: int, length: int) -> None:
+        """Has the kernel begin to carry these bytes from its cache to the disk, and waits for nothing. Raises nothing."""
+        ...
+
 
 class OsCalls:
     def open(self, path: Path, flags: int) -> int:
@@ -36,6 +55,9 @@ class OsCalls:
 
     def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.pwritev(fd, buffers, offset)
+
+    def start_writing(self, fd: int, offset: int, length: int) -> None:
+        _start_writing(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 class SegmentFile:
@@ -99,10 +121,15 @@ class SegmentFile:
             os.ftruncate(self._fd, self.geometry.bytes_with(used))
 
     def write(self, first: int, blocks: Sequence[memoryview], headers: Sequence[bytes]) -> None:
-        """Consecutive slots from `first`: all bytes, then all headers. Raises OSError: nothing of it counts then."""
+        """Consecutive slots from `first`: all bytes, then all headers. Raises OSError: nothing of it counts then.
+
+        The disk is put to work on the bytes at once: left to itself the kernel lets them pile up for seconds, then floods
+        the disk and halts every writer, this one in front.
+        """
         assert first + len(blocks) <= self.geometry.slots, "the segment is full"
         self._write_all(blocks, self.geometry.data_of(first))
         self._write_all([memoryview(b"".join(headers))], self.geometry.slot_offset(first))
+        self._calls.start_writing(self._fd, self.geometry.data_of(first), len(blocks) * self.geometry.block_bytes)
 
     def clear(self, slot: int) -> None:
         """Makes a record count no more, restarts included. Raises OSError."""

@@ -175,6 +175,16 @@ async def test_blocks_of_another_layout_live_apart(tmp_path, other):
     await disk.close()
 
 
+async def test_the_disk_is_put_to_work_on_every_written_byte_at_once(tmp_path):
+    calls = _SeenWrites()
+    disk = tier(tmp_path, calls=calls)
+    await put_all(disk, range(20))
+    bytes_on_the_way = sum(length for _, length in calls.started)
+    assert bytes_on_the_way == 20 * BLOCK_BYTES
+    assert {offset for offset, _ in calls.started} <= calls.written
+    await disk.close()
+
+
 def test_a_place_that_cannot_be_a_directory_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="choose another directory"):
@@ -188,3 +198,17 @@ class _HeldWrites(OsCalls):
     def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         assert self.go.wait(20)
         return super().pwritev(fd, buffers, offset)
+
+
+class _SeenWrites(OsCalls):
+    def __init__(self) -> None:
+        self.written: set[int] = set()
+        self.started: list[tuple[int, int]] = []
+
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.written.add(offset)
+        return super().pwritev(fd, buffers, offset)
+
+    def start_writing(self, fd: int, offset: int, length: int) -> None:
+        super().start_writing(fd, offset, length)
+        self.started.append((offset, length))
