@@ -13,14 +13,16 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from core.blocks import BlockRecord, Closing
+from core.blocks import BlockKey, BlockRecord, Closing
 from core.clock import Clock
-from core.errors import LeaseExpiredError, StaleEpochError, TransferError
+from core.errors import InvalidRequestError, LeaseExpiredError, OverloadedError, StaleEpochError, TransferError
 from core.inventory import Inventory
 from core.request import AttemptKey
 from kvtransfer.arena import Arena
 from kvtransfer.codec import NO_DIGEST, digests_of
-from kvtransfer.handoff import Export, ExportState, News
+from kvtransfer.follower import Follower
+from kvtransfer.handoff import Export, ExportState
+from kvtransfer.holds import HOLDS_MAX, NOTHING_FOLLOWS, check_keys, find, granted_s
 
 log = logging.getLogger(__name__)
 
@@ -38,71 +40,48 @@ class _Job:
     partial: BlockRecord | None = None
 
 
-class Follower:
-    """One follower's place in an export. Only the newest follower of an export is told anything."""
-
-    def __init__(self, export: Export) -> None:
-        self.export = export
-        self._told = 0
-        self._told_closing = False
-        self._replaced = False
-        self._renewals = 0
-        self._wake = asyncio.Event()
-
-    async def news(self) -> tuple[News, int]:
-        """Waits for what was not told yet and for renewals to acknowledge (how many). The caller sets the deadline."""
-        while True:
-            news = News(ended="another follower took over") if self._replaced else self._untold()
-            renewals, self._renewals = self._renewals, 0
-            if news != News() or renewals:
-                self._told += len(news.records)
-                self._told_closing = self._told_closing or news.closing is not None
-                return news, renewals
-            self._wake.clear()
-            await self._wake.wait()
-
-    def renewed(self) -> None:
-        self._renewals += 1
-        self.wake()
-
-    def replace(self) -> None:
-        self._replaced = True
-        self.wake()
-
-    def wake(self) -> None:
-        self._wake.set()
-
-    def _untold(self) -> News:
-        return self.export.news(self._told, self._told_closing)
-
-
 class Exports:
-    def __init__(self, epoch: int, arena: Arena, inventory: Inventory, clock: Clock, *, digest: bool = True) -> None:
+    def __init__(
+        self, epoch: int, arena: Arena, inventory: Inventory, clock: Clock, *, digest: bool = True, block_size: int = 0
+    ) -> None:
+        """`block_size`: tokens of a full block, for the records of holds."""
         self.epoch = epoch
         self.arena = arena
         self.opened = 0
         self.ended: Counter[ExportState] = Counter()
-        """How exports ended, for the metrics."""
+        """How hand-offs ended, for the metrics."""
+        self.held = 0
+        self.holds_ended: Counter[ExportState] = Counter()
+        """How holds ended."""
         self.on_end: Callable[[AttemptKey, ExportState], None] | None = None
-        """Told of every export that ended, after its lease has."""
+        """Told of every export that ended, holds included, after its lease has."""
         self._inventory = inventory
         self._clock = clock
         self._digest = digest
+        self._block_size = block_size
+        self._holders: set[AttemptKey] = set()
         self._exports: dict[AttemptKey, Export] = {}
         self._attempts: dict[str, int] = {}
         self._followers: dict[AttemptKey, Follower] = {}
         self._jobs: deque[_Job] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
         self._worker: asyncio.Task[None] | None = None
+        self._closed = False
 
     def __len__(self) -> int:
-        return len(self._exports)
+        """Hand-offs on offer; holds are counted apart."""
+        return len(self._exports) - len(self._holders)
+
+    @property
+    def holds_open(self) -> int:
+        return len(self._holders)
 
     # -- the prefill worker ----------------------------------------------------------------------------------------
 
     def open(self, key: AttemptKey, lease_s: float) -> None:
         """Before the ticket is sent. A lower attempt of the request is revoked; raises TransferError below a higher one."""
         current = self._attempts.get(key.request_id)
+        self.drop(key)  # names of holds and of requests never meet; if they do, the request goes first
         if current is not None and current >= key.attempt:
             raise TransferError(f"{key} is superseded by attempt {current}")
         if current is not None:
@@ -140,12 +119,73 @@ class Exports:
 
     async def close(self) -> None:
         """Revokes everything and stops the digest thread."""
+        self._closed = True
         for key in list(self._exports):
             self.revoke(key, "the worker stops")
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait([self._worker])
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- reading by key --------------------------------------------------------------------------------------------
+
+    async def hold(self, holder: AttemptKey, keys: Sequence[BlockKey], lease_s: float) -> list[BlockRecord]:
+        """Leases what of `keys` is here to `holder`; any transport pulls it under that name until `drop` or the lease ends.
+
+        A record's `index` is its place in `keys`; places that are missing are not here. Holding again under the same name
+        takes the place of the earlier hold, so a caller may repeat itself and may renew. Raises InvalidRequestError (too
+        many keys, no length of time, the name of a hand-off) and OverloadedError.
+        """
+        check_keys(keys)
+        lease_s = granted_s(lease_s)
+        if holder in self._exports and holder not in self._holders:
+            raise InvalidRequestError(f"{holder} is a hand-off; holders call themselves hold/WORKER/N")
+        if holder not in self._holders and len(self._holders) >= HOLDS_MAX:
+            raise OverloadedError(f"{HOLDS_MAX} holds are open here; drop some, or retry later")
+        found = [(place, block) for place, block in enumerate(find(self._inventory, keys)) if block is not None]
+        blocks = [block for _, block in found]
+        try:
+            await self._ensure_digests(blocks)
+            records = [self._record(place, keys[place], block) for place, block in found]
+            self._register(holder, records, blocks, lease_s)  # after the last wait: a caller that was cancelled holds nothing
+        finally:
+            self._inventory.release(blocks)
+        return records
+
+    def drop(self, holder: AttemptKey) -> bool:
+        """Ends a hold. Idempotent; False when there was none (any more)."""
+        if holder not in self._holders:
+            return False
+        self.done(holder)
+        return True
+
+    def _register(self, holder: AttemptKey, records: Sequence[BlockRecord], blocks: Sequence[int], lease_s: float) -> None:
+        self.drop(holder)
+        if not records or self._closed:
+            return
+        now = self._clock.now()
+        export = Export(holder, lease_s, now)
+        export.announce(records, now)
+        export.close(NOTHING_FOLLOWS, None, now)
+        self._inventory.lease(holder, blocks, export.until)
+        self._exports[holder] = export
+        self._holders.add(holder)
+        self.held += 1
+
+    def _record(self, place: int, key: BlockKey, block: int) -> BlockRecord:
+        inventory = self._inventory
+        digest = inventory.digest(block) if self._digest else NO_DIGEST
+        return BlockRecord(place, key, block, inventory.generation(block), digest, self._block_size)
+
+    async def _ensure_digests(self, blocks: Sequence[int]) -> None:
+        """Of blocks that the caller has references on."""
+        missing = [block for block in blocks if not self._inventory.digest(block)] if self._digest else []
+        if len(missing) * self.arena.block_bytes <= INLINE_BYTES_MAX:
+            digests = self._digests(missing)
+        else:
+            digests = await asyncio.get_running_loop().run_in_executor(self._pool, self._digests, missing)
+        for block, digest in digests.items():
+            self._inventory.set_digest(block, digest)
 
     # -- the service -----------------------------------------------------------------------------------------------
 
@@ -269,7 +309,8 @@ class Exports:
         if self._attempts.get(key.request_id) == key.attempt:
             del self._attempts[key.request_id]
         self._inventory.end(key)
-        self.ended[export.state] += 1
+        (self.holds_ended if key in self._holders else self.ended)[export.state] += 1
+        self._holders.discard(key)
         if (follower := self._followers.pop(key, None)) is not None:
             follower.wake()
         if self.on_end is not None:

@@ -10,10 +10,11 @@ import grpc
 import numpy as np
 
 from core.blocks import BlockRecord
-from core.errors import InvalidRequestError, TransferError
+from core.errors import InvalidRequestError, LeaseExpiredError, TransferError
 from core.wire import closing_to_pb, key_from_pb, record_from_pb, record_to_pb
 from kvtransfer.arena import Arena
-from kvtransfer.exports import Exports, Follower
+from kvtransfer.exports import Exports
+from kvtransfer.follower import Follower
 from kvtransfer.handoff import ExportState, News
 from kvtransfer.rpc import abort
 from kvtransfer.transport import BlocksGoneError
@@ -33,8 +34,16 @@ _ReadContext = grpc.aio.ServicerContext[kv_pb2.ReadRequest, kv_pb2.ReadChunk]
 
 
 class KvServicer(kv_pb2_grpc.KvServicer):
-    def __init__(self, exports: Exports) -> None:
-        self._exports = exports
+    """Follow and Read. `exports`: None while there is no memory yet that could be read."""
+
+    def __init__(self, exports: Exports | None) -> None:
+        self.exports = exports
+
+    @property
+    def _exports(self) -> Exports:
+        if self.exports is None:
+            raise LeaseExpiredError("nothing is on offer here: this node has not seen a block yet")
+        return self.exports
 
     async def Follow(self, request_iterator: _Requests, context: _FollowContext) -> None:
         """Written with `context.write`, not `yield`: an async generator must not be suspended inside a task group."""

@@ -1,0 +1,79 @@
+"""The Kv service of any node: hand-offs as in `service`, and reading by key. Messages to values and back, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import grpc
+
+from core.blocks import BlockKey, KvLayout
+from core.request import AttemptKey
+from core.wire import key_from_pb, layout_from_pb, layout_to_pb, record_to_pb, role_to_pb, source_to_pb
+from kvtransfer.exports import Exports
+from kvtransfer.kv_node import Held, NodeStat, TierStat
+from kvtransfer.rpc import abort
+from kvtransfer.service import KvServicer
+from tandem.errors import TandemError
+from tandem.v1 import kv_pb2
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Node(Protocol):
+    """What the service asks of a node; see `kv_node.KvNode`."""
+
+    async def hold(
+        self, holder: AttemptKey, epoch: int, layout: KvLayout, keys: Sequence[BlockKey], lease_s: float
+    ) -> Held: ...
+
+    def drop(self, holder: AttemptKey, epoch: int) -> bool: ...
+
+    def stat(self) -> NodeStat: ...
+
+
+class KvNodeServicer(KvServicer):
+    """Registered as `tandem.v1.Kv`. Every refusal says why in its details."""
+
+    def __init__(self, exports: Exports | None, node: Node) -> None:
+        super().__init__(exports)
+        self._node = node
+
+    async def Hold(self, request: kv_pb2.HoldRequest, context: _Context) -> kv_pb2.HoldReply:
+        try:
+            held = await self._node.hold(
+                key_from_pb(request.holder), request.epoch, layout_from_pb(request.layout), request.keys, request.lease_s
+            )
+        except TandemError as error:
+            await abort(context, error)
+        return kv_pb2.HoldReply(
+            records=[record_to_pb(record) for record in held.records],
+            source=source_to_pb(held.source),
+            lease_s=held.lease_s,
+            promoted=held.promoted,
+        )
+
+    async def Drop(self, request: kv_pb2.DropRequest, context: _Context) -> kv_pb2.DropReply:
+        try:
+            return kv_pb2.DropReply(found=self._node.drop(key_from_pb(request.holder), request.epoch))
+        except TandemError as error:
+            await abort(context, error)
+
+    async def Stat(self, request: kv_pb2.StatRequest, context: _Context) -> kv_pb2.StatReply:
+        stat = self._node.stat()
+        reply = kv_pb2.StatReply(
+            worker_id=stat.worker_id,
+            epoch=stat.epoch,
+            role=role_to_pb(stat.role),
+            tiers=[_tier_to_pb(tier) for tier in stat.tiers],
+            leases_open=stat.leases_open,
+            policy=stat.policy,
+            digest_failures=stat.digest_failures,
+        )
+        if stat.layout is not None:
+            reply.layout.CopyFrom(layout_to_pb(stat.layout))
+        return reply
+
+
+def _tier_to_pb(stat: TierStat) -> kv_pb2.TierStat:
+    return kv_pb2.TierStat(**{**stat._asdict(), "tier": int(stat.tier)})
