@@ -28,7 +28,7 @@ from kvtransfer.holds import HOLD_KEYS_MAX, HOLD_LEASE_MAX_S
 from kvtransfer.kv_node import KvNode
 from kvtransfer.kv_service import KvNodeServicer
 from kvtransfer.loopback import LoopbackHub
-from kvtransfer.plane import build_transports, offered, open_tcp
+from kvtransfer.plane import build_transports, offered, open_arena, open_tcp
 from tandem.v1 import kv_pb2, kv_pb2_grpc
 
 UNAVAILABLE, INVALID = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INVALID_ARGUMENT
@@ -188,10 +188,7 @@ async def test_a_hold_never_takes_the_name_of_a_hand_off():
 async def served(transport, tmp_path):
     """A node behind its real servers, its own description, and a stub."""
     config = TransferConfig(transport=transport, shm_dir=str(tmp_path))
-    shared = transport in ("auto", "shm")
-    arena = (
-        SharedArena(str(tmp_path), "store-0", EPOCH, 16, LAYOUT.block_bytes) if shared else HostArena(16, LAYOUT.block_bytes)
-    )
+    arena = open_arena(config, "store-0", EPOCH, 16, LAYOUT.block_bytes)
     async with world(arena) as w:
         tcp = open_tcp(config, w.exports, "127.0.0.1:0")
         servicer = KvNodeServicer(w.exports, w.node)
