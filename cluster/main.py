@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.controller import Controller, desired_of
+from cluster.directory_service import directory_registration
 from cluster.launcher import Launcher, LocalLauncher, check_address, to_stderr
 from cluster.report import ClusterSnapshot
 from cluster.service import ClusterServicer, cluster_registration
+from core.clock import SystemClock
 from core.config import Config
 from core.errors import ConfigError
 from core.request import WorkerRole
 from core.service import serve
 from engine.spec import parse_spec
+from kvtransfer.local_directory import LocalDirectory
 from kvtransfer.shared_arena import remove_stale
 
 log = logging.getLogger(__name__)
@@ -91,7 +94,8 @@ async def _up(
     async with _launcher(config, on_line, signals) as launcher:
         controller = Controller(config, launcher, desired)
         servicer = ClusterServicer(controller, config.cluster.heartbeat_s, signals.stop.set)
-        async with serve(config.cluster.admin, cluster_registration(servicer)) as server:
+        directory = directory_registration(LocalDirectory(), SystemClock())
+        async with serve(config.cluster.admin, cluster_registration(servicer), directory) as server:
             controller.address = server.address
             control = asyncio.create_task(controller.run(), name="control loop")
             front = asyncio.create_task(_announce(controller, on_ready, on_change), name="announce")

@@ -6,17 +6,20 @@ default) and RedisDirectory (when a Redis is configured). All of them pass tests
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
-from core.blocks import BlockKey, KvLayout, KvSource
-from core.errors import TandemError
+from core.blocks import KEY_BYTES, BlockKey, KvLayout, KvSource
+from core.config import StoreConfig
+from core.errors import ConfigError, TandemError
 from core.request import WorkerRole
 
 LOCATE_KEYS_MAX = 65_536
 """Of one `locate`: a prompt of a million tokens in blocks of 16."""
+ANNOUNCE_KEYS_MAX = 16_384
+"""Of one message or script; longer announcements are sent in pieces, each with its own deadline."""
 
 
 class DirectoryError(TandemError):
@@ -68,8 +71,9 @@ NOWHERE = Located({}, ())
 
 
 class Directory(Protocol):
-    """Every call ends within the directory's own deadline (`store.directory_timeout_s`) and raises DirectoryError when it
-    could not be answered by then; none raises anything else but what is named here. Cancelling any of them is safe.
+    """Every call ends within the directory's own deadline (`store.directory_timeout_s`; an announcement of many keys has
+    one for each ANNOUNCE_KEYS_MAX of them) and raises DirectoryError when it could not be answered by then; none raises
+    anything else but what is named here, and ValueError for a key that has not KEY_BYTES. Cancelling any of them is safe.
     """
 
     async def join(self, record: NodeRecord, ttl_s: float) -> bool:
@@ -107,3 +111,65 @@ class Directory(Protocol):
     async def close(self) -> None:
         """Lets go of connections. Does not `leave`. Idempotent; other calls raise DirectoryError afterwards."""
         ...
+
+
+class Runs(NamedTuple):
+    """A Located as it travels: `runs` say of how many keys in a row which (node, tier) pairs are the holders."""
+
+    nodes: Sequence[NodeRecord]
+    runs: Sequence[tuple[int, tuple[Holder, ...]]]
+
+    def expand(self) -> Located:
+        holders: list[tuple[Holder, ...]] = []
+        for count, held_by in self.runs:
+            holders += [held_by] * count
+        return Located({record.source.worker_id: record for record in self.nodes}, holders)
+
+
+class Delta(NamedTuple):
+    """Keys of one announcement, 16 bytes each, one after another."""
+
+    added_dram: bytes
+    added_disk: bytes
+    removed_dram: bytes
+    removed_disk: bytes
+
+
+def pack(keys: Sequence[BlockKey]) -> bytes:
+    """Keys one after another. Raises ValueError when one of them has another length."""
+    packed = b"".join(keys)
+    if len(packed) != KEY_BYTES * len(keys) or any(len(key) != KEY_BYTES for key in keys):
+        raise ValueError(f"a block key has {KEY_BYTES} bytes")
+    return packed
+
+
+def pack_deltas(
+    added: Sequence[tuple[BlockKey, Tier]], removed: Sequence[tuple[BlockKey, Tier]], keys_max: int = ANNOUNCE_KEYS_MAX
+) -> Iterator[Delta]:
+    """An announcement in pieces of at most `keys_max` keys, one at least; removals first, so that a key in both is held."""
+    if not added and not removed:
+        yield Delta(b"", b"", b"", b"")
+    for start in range(0, len(removed), keys_max):
+        yield Delta(b"", b"", *_by_tier(removed[start : start + keys_max]))
+    for start in range(0, len(added), keys_max):
+        yield Delta(*_by_tier(added[start : start + keys_max]), b"", b"")
+
+
+def _by_tier(changes: Sequence[tuple[BlockKey, Tier]]) -> tuple[bytes, bytes]:
+    return (
+        pack([key for key, tier in changes if tier is Tier.DRAM]),
+        pack([key for key, tier in changes if tier is Tier.DISK]),
+    )
+
+
+def open_directory(store: StoreConfig, redis_url: str, controller: str) -> Directory:
+    """The directory that the configuration names: Redis when `redis_url` is given, else the controller's service.
+
+    Connects when first asked, so this neither waits nor fails for a server that is away. Raises ConfigError for a URL that
+    is none.
+    """
+    if redis_url:
+        raise ConfigError("redis: the directory in Redis is not built yet; leave it empty")
+    from kvtransfer.remote_directory import RemoteDirectory
+
+    return RemoteDirectory(controller, timeout_s=store.directory_timeout_s)
