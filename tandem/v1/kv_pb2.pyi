@@ -94,20 +94,32 @@ class Announcement(_message.Message):
     def __init__(self, blocks: _Optional[_Union[AnnouncedBlocks, _Mapping]] = ..., closing: _Optional[_Union[Closing, _Mapping]] = ..., revoked: _Optional[_Union[Revoked, _Mapping]] = ...) -> None: ...
 
 class ReadRequest(_message.Message):
-    __slots__ = ("key", "epoch", "blocks")
+    __slots__ = ("key", "epoch", "blocks", "codec")
     KEY_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     key: _common_pb2.AttemptKey
     epoch: int
     blocks: _containers.RepeatedCompositeFieldContainer[BlockRecord]
-    def __init__(self, key: _Optional[_Union[_common_pb2.AttemptKey, _Mapping]] = ..., epoch: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockRecord, _Mapping]]] = ...) -> None: ...
+    codec: str
+    def __init__(self, key: _Optional[_Union[_common_pb2.AttemptKey, _Mapping]] = ..., epoch: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockRecord, _Mapping]]] = ..., codec: _Optional[str] = ...) -> None: ...
+
+class Encoding(_message.Message):
+    __slots__ = ("length", "digest")
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    length: int
+    digest: int
+    def __init__(self, length: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class ReadChunk(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "begins")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    BEGINS_FIELD_NUMBER: _ClassVar[int]
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    begins: _containers.RepeatedCompositeFieldContainer[Encoding]
+    def __init__(self, data: _Optional[bytes] = ..., begins: _Optional[_Iterable[_Union[Encoding, _Mapping]]] = ...) -> None: ...
 
 class HoldRequest(_message.Message):
     __slots__ = ("holder", "epoch", "layout", "keys", "lease_s")
@@ -280,3 +292,45 @@ class EvictReply(_message.Message):
     EVICTED_FIELD_NUMBER: _ClassVar[int]
     evicted: int
     def __init__(self, evicted: _Optional[int] = ...) -> None: ...
+
+class MeetRequest(_message.Message):
+    __slots__ = ("epoch", "group", "backend")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    group: str
+    backend: str
+    def __init__(self, epoch: _Optional[int] = ..., group: _Optional[str] = ..., backend: _Optional[str] = ...) -> None: ...
+
+class MeetReply(_message.Message):
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
+
+class CollectRequest(_message.Message):
+    __slots__ = ("group", "seq", "key", "epoch", "block_bytes", "blocks", "piece_blocks")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PIECE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    seq: int
+    key: _common_pb2.AttemptKey
+    epoch: int
+    block_bytes: int
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockRecord]
+    piece_blocks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, group: _Optional[str] = ..., seq: _Optional[int] = ..., key: _Optional[_Union[_common_pb2.AttemptKey, _Mapping]] = ..., epoch: _Optional[int] = ..., block_bytes: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockRecord, _Mapping]]] = ..., piece_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CollectReply(_message.Message):
+    __slots__ = ("known", "gone")
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    known: bool
+    gone: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, known: _Optional[bool] = ..., gone: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -445,3 +445,123 @@ class Kv:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class KvCollectiveStub:
+    """Blocks over a torch.distributed group of two: asked for and checked here, the bytes go past gRPC.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Meet = channel.unary_unary(
+                '/tandem.v1.KvCollective/Meet',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.MeetRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_kv__pb2.MeetReply.FromString,
+                _registered_method=True)
+        self.Collect = channel.unary_stream(
+                '/tandem.v1.KvCollective/Collect',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.CollectRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_kv__pb2.CollectReply.FromString,
+                _registered_method=True)
+
+
+class KvCollectiveServicer:
+    """Blocks over a torch.distributed group of two: asked for and checked here, the bytes go past gRPC.
+    """
+
+    def Meet(self, request, context):
+        """The source makes its half of a group while the caller makes the other; they meet at the store named in the reply.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Collect(self, request, context):
+        """Sends blocks into a group. The first reply says whether the source begins, the second comes after the last byte.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_KvCollectiveServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Meet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Meet,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.MeetRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_kv__pb2.MeetReply.SerializeToString,
+            ),
+            'Collect': grpc.unary_stream_rpc_method_handler(
+                    servicer.Collect,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.CollectRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_kv__pb2.CollectReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'tandem.v1.KvCollective', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('tandem.v1.KvCollective', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class KvCollective:
+    """Blocks over a torch.distributed group of two: asked for and checked here, the bytes go past gRPC.
+    """
+
+    @staticmethod
+    def Meet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.KvCollective/Meet',
+            tandem_dot_v1_dot_kv__pb2.MeetRequest.SerializeToString,
+            tandem_dot_v1_dot_kv__pb2.MeetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Collect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.v1.KvCollective/Collect',
+            tandem_dot_v1_dot_kv__pb2.CollectRequest.SerializeToString,
+            tandem_dot_v1_dot_kv__pb2.CollectReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
