@@ -7,7 +7,7 @@ here the unit is the block and several sources serve one prompt side by side.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,23 +52,20 @@ def plan(
     located: Located,
     here: Here,
     prices: Prices,
-    without: Collection[tuple[str, int]] = frozenset(),
 ) -> list[Share]:
     """Shares that together cover a prefix of `missing`, each place once; none when computing all of it is quickest.
 
-    `located.holders[i]` says who may have `missing[i]`. Pairs (worker id, place) in `without` are not asked (again), nor
-    is a node whose layout differs, nor this one. Every block goes to the source that would have it here first; sources of
-    one host share the link to it, a node's disk is a link of its own. A draw keeps to the source of the block before,
-    then goes to the same host, DRAM before disk.
+    `located.holders[i]` says who may have `missing[i]`; a node whose layout differs is not asked, nor this one. Every
+    block goes to the source that would have it here first; sources of one host share the link to it, a node's disk is a
+    link of its own. A draw keeps to the source of the block before, then goes to the same host, DRAM before disk.
     """
     lanes: dict[_Lane, float] = {}  # when each is free again
     chosen: list[Holder] = []
     taken_s = best_s = 0.0
     best = 0
     usable = _Usable(located.nodes, here)
-    for place, holders in enumerate(located.holders[: len(missing)]):
-        asked = [holder for holder in holders if usable(holder) and (holder.worker_id, place) not in without]
-        offers = [_offer(holder, usable, here, prices, lanes) for holder in asked]
+    for holders in located.holders[: len(missing)]:
+        offers = [_offer(holder, usable, here, prices, lanes) for holder in holders if usable(holder)]
         if not offers:
             break
         previous = chosen[-1] if chosen else None

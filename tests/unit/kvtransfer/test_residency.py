@@ -50,9 +50,9 @@ def keys(count):
     return [bytes([n]) * 16 for n in range(count)]
 
 
-def planned(*holders, compute_s=SLOW_COMPUTE, time_left_s=1.0, without=(), cost=BLOCK_MS):
+def planned(*holders, compute_s=SLOW_COMPUTE, time_left_s=1.0, cost=BLOCK_MS):
     price = cost if callable(cost) else lambda holder, near: cost
-    shares = plan(keys(len(holders)), Located(NODES, holders), HERE, Prices(price, compute_s, time_left_s), frozenset(without))
+    shares = plan(keys(len(holders)), Located(NODES, holders), HERE, Prices(price, compute_s, time_left_s))
     return {share.holder: share.places for share in shares}
 
 
@@ -128,21 +128,8 @@ def test_nothing_is_planned_beyond_the_deadline():
     assert planned((dram("near"),), time_left_s=1 * MS) == {}
 
 
-def test_who_disappointed_is_not_asked_again_for_the_same_block():
-    both = [(dram("near"), dram("far"))] * 3
-    found = planned(*both, without={("near", 1)}, cost=assumed)
-    assert found == {dram("near"): (0, 2), dram("far"): (1,)}
-    assert planned(*both, without={("near", 0), ("far", 0)}) == {}
-
-
-holder_lists = st.lists(
-    st.lists(
-        st.builds(Holder, st.sampled_from([*NODES, "unknown"]), st.integers(1, 2), st.sampled_from(Tier)),
-        max_size=4,
-        unique=True,
-    ).map(tuple),
-    max_size=30,
-)
+any_holder = st.builds(Holder, st.sampled_from([*NODES, "unknown"]), st.integers(1, 2), st.sampled_from(Tier))
+holder_lists = st.lists(st.lists(any_holder, max_size=4, unique=True).map(tuple), max_size=30)
 
 
 @given(
@@ -150,15 +137,14 @@ holder_lists = st.lists(
     st.integers(0, 30),
     st.floats(0, 0.02),
     st.floats(0, 0.1),
-    st.sets(st.tuples(st.sampled_from([*NODES]), st.integers(0, 29)), max_size=20),
     st.dictionaries(st.sampled_from([*NODES]), st.tuples(st.floats(0, 0.05), st.floats(1e3, 1e10)).map(lambda t: LinkCost(*t))),
 )
-def test_a_plan_is_a_prefix_of_blocks_that_are_there_each_once(holders, missing, compute_s, left_s, without, links):
+def test_a_plan_is_a_prefix_of_blocks_that_are_there_each_once(holders, missing, compute_s, left_s, links):
     def price(holder, near):
         return links.get(holder.worker_id, ASSUMED[near, holder.tier])
 
     wanted = keys(missing)
-    shares = plan(wanted, Located(NODES, holders), HERE, Prices(price, compute_s, left_s), without)
+    shares = plan(wanted, Located(NODES, holders), HERE, Prices(price, compute_s, left_s))
     places = [place for share in shares for place in share.places]
     assert sorted(places) == list(range(len(places))), "a prefix, each place once"
     assert len(places) <= min(len(wanted), len(holders))
@@ -170,10 +156,10 @@ def test_a_plan_is_a_prefix_of_blocks_that_are_there_each_once(holders, missing,
         assert share.holder.worker_id != "here"
         for place in share.places:
             assert share.holder in holders[place]
-            assert (share.holder.worker_id, place) not in without
         alone_s = len(share.places) * LAYOUT.block_bytes / price(share.holder, record.source.host_id == "h1").bytes_per_s
-        assert alone_s < len(places) * compute_s, "it pays"
-        assert alone_s <= left_s
+        rounding = 1 + 1e-9
+        assert alone_s <= len(places) * compute_s * rounding, "it pays"
+        assert alone_s <= left_s * rounding
 
 
 # -- what fetching takes
