@@ -138,7 +138,7 @@ class Delta(NamedTuple):
 def pack(keys: Sequence[BlockKey]) -> bytes:
     """Keys one after another. Raises ValueError when one of them has another length."""
     packed = b"".join(keys)
-    if len(packed) != KEY_BYTES * len(keys) or any(len(key) != KEY_BYTES for key in keys):
+    if not set(map(len, keys)) <= {KEY_BYTES}:
         raise ValueError(f"a block key has {KEY_BYTES} bytes")
     return packed
 

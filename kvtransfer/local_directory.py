@@ -1,14 +1,17 @@
 """The directory in memory: plain dictionaries, made for ten million entries. Deciding code; time comes as an argument.
 
 An entry is a key's first 64 bits (a collision is a stale hint, no more) and the tuple of its holders, shared by all entries
-with the same holders. The table is split in many parts, so that none of them is ever resized or swept for long. What dead
-nodes held is not found any more at once, and swept out part by part by later joins and announcements, never by a lookup.
+with the same holders. The table is split in parts, so that none is ever resized or swept for long; more of them would tear
+keys that were announced together, and are looked up together, further apart in memory. What dead nodes held is not found any
+more at once, and swept out part by part by later joins and announcements, never by a lookup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from core.blocks import KEY_BYTES, BlockKey
 from core.clock import Clock
@@ -31,9 +34,10 @@ ENTRIES_MAX = 32_000_000
 NODES_MAX = 10_000
 SWEEP_ENTRIES = 16_384
 """Looked at by one join or announcement while there is something to sweep; a part is always swept whole."""
-_PARTS = 1024
-_PART_BITS = 10
-_PART_MASK = _PARTS - 1
+LOOKUP_KEYS = 512
+"""Looked up at once, so that a miss near the beginning costs little."""
+_PART_BITS = 6
+_PARTS = 1 << _PART_BITS
 _SHARED_SETS_MAX = 65_536
 
 _Words = tuple[int, ...]  # node number * 2 + tier, in the order in which they were announced
@@ -64,6 +68,7 @@ class LocalDirectory:
 
     def __post_init__(self) -> None:
         self._parts: list[dict[int, _Words]] = [{} for _ in range(_PARTS)]
+        self._get = [part.get for part in self._parts]
         self._nodes: dict[str, _Node] = {}
         self._numbers: dict[int, _Node] = {}
         self._last_number = 0
@@ -106,34 +111,25 @@ class LocalDirectory:
         node = self._nodes.get(worker_id)
         if node is None or node.record.source.epoch != epoch:
             return False
-        self._remove(_short(delta.removed_dram), 2 * node.number + Tier.DRAM)
-        self._remove(_short(delta.removed_disk), 2 * node.number + Tier.DISK)
-        self._add(_short(delta.added_dram), 2 * node.number + Tier.DRAM)
-        self._add(_short(delta.added_disk), 2 * node.number + Tier.DISK)
+        self._remove(delta.removed_dram, 2 * node.number + Tier.DRAM)
+        self._remove(delta.removed_disk, 2 * node.number + Tier.DISK)
+        self._add(delta.added_dram, 2 * node.number + Tier.DRAM)
+        self._add(delta.added_disk, 2 * node.number + Tier.DISK)
         self._sweep()
         return True
 
     def locate(self, keys: bytes, now: float) -> Runs:
         """`keys`: 16 bytes each, one after another."""
         self._expire(now)
-        parts = self._parts
         runs: list[tuple[int, tuple[Holder, ...]]] = []
-        current: _Words = ()
-        alive: tuple[Holder, ...] = ()
-        count = 0
-        for short in _short(keys[: LOCATE_KEYS_MAX * KEY_BYTES]):
-            words = parts[short & _PART_MASK].get(short >> _PART_BITS)
-            if words is not current:
-                if words is None:
-                    break
-                if count:
-                    runs.append((count, alive))
-                current, alive, count = words, self._alive(words), 0
+        for words, count in self._find(keys[: LOCATE_KEYS_MAX * KEY_BYTES]):
+            alive = self._alive(words)
             if not alive:
                 break
-            count += 1
-        if count:
-            runs.append((count, alive))
+            if runs and runs[-1][1] == alive:
+                runs[-1] = (runs[-1][0] + count, alive)
+            else:
+                runs.append((count, alive))
         named = {holder.worker_id: None for _, holders in runs for holder in holders}
         return Runs([self._nodes[worker_id].record for worker_id in named], runs)
 
@@ -185,28 +181,45 @@ class LocalDirectory:
 
     # ---- entries -----------------------------------------------------------------------------------------------------
 
-    def _add(self, shorts: Sequence[int], word: int) -> None:
-        parts = self._parts
+    def _find(self, keys: bytes) -> Iterator[tuple[_Words, int]]:
+        """Entries of the longest prefix that has some, each with how many keys in a row have it."""
+        for start in range(0, len(keys), LOOKUP_KEYS * KEY_BYTES):
+            places, shorts = _short(keys[start : start + LOOKUP_KEYS * KEY_BYTES])
+            get = self._get
+            found = [get[place](short) for place, short in zip(places, shorts, strict=True)]
+            current, count = found[0], 0
+            if current is None:
+                return
+            for words in found:
+                if words is current:
+                    count += 1
+                    continue
+                yield current, count
+                if words is None:
+                    return
+                current, count = words, 1
+            yield current, count
+
+    def _add(self, keys: bytes, word: int) -> None:
         alone = self._share((word,))
-        for short in shorts:
-            part = parts[short & _PART_MASK]
-            key = short >> _PART_BITS
-            words = part.get(key)
+        for place, short in zip(*_short(keys), strict=True):
+            part = self._parts[place]
+            words = part.get(short)
             if words is None:
                 if self.counts.entries >= self.entries_max:
                     self.counts.refused += 1
                     continue
                 self.counts.entries += 1
-                part[key] = alone
+                part[short] = alone
             elif word not in words:
-                part[key] = self._share((*words, word))
+                part[short] = self._share((*words, word))
 
-    def _remove(self, shorts: Sequence[int], word: int) -> None:
-        for short in shorts:
-            part = self._parts[short & _PART_MASK]
-            words = part.get(short >> _PART_BITS)
+    def _remove(self, keys: bytes, word: int) -> None:
+        for place, short in zip(*_short(keys), strict=True):
+            part = self._parts[place]
+            words = part.get(short)
             if words is not None and word in words:
-                self._put(part, short >> _PART_BITS, tuple(other for other in words if other != word))
+                self._put(part, short, tuple(other for other in words if other != word))
 
     def _put(self, part: dict[int, _Words], key: int, words: _Words) -> None:
         if words:
@@ -290,6 +303,7 @@ def _refuse_rivals(known: NodeRecord, new: NodeRecord) -> None:
         )
 
 
-def _short(keys: bytes) -> list[int]:
-    """First 64 bits of each key."""
-    return memoryview(keys).cast("Q")[::2].tolist()
+def _short(keys: bytes) -> tuple[list[int], list[int]]:
+    """Of each key its part and, from the same first 64 bits, its name there: 58 bits, the most that fit a 32-byte integer."""
+    first = np.frombuffer(keys, "<u8")[::2]
+    return (first & np.uint64(_PARTS - 1)).tolist(), (first >> np.uint64(_PART_BITS)).tolist()
