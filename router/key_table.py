@@ -1,0 +1,152 @@
+"""A map from block keys to small numbers, thousands of keys at a time: open addressing in arrays. Deciding code.
+
+A dict of a million keys costs three cache misses per lookup, one after another; here the misses of a whole prompt overlap.
+Keys are taken by their first 64 bits, which is enough for a hint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from core.blocks import KEY_BYTES, BlockKey
+
+Keys = npt.NDArray[np.uint64]
+Values = npt.NDArray[np.uint32]
+_Places = npt.NDArray[np.int64]
+
+NOTHING = 0
+"""The value of a key that is not in the table."""
+_EMPTY, _DELETED = np.uint64(0), np.uint64(1)
+_LOWEST = np.uint64(2)
+_SIZE_MIN = 1024
+DROPPED_SHARE = 8  # of a full table an eighth, the oldest, makes room at once
+
+
+def short_keys(keys: Sequence[BlockKey]) -> Keys:
+    """The first 8 bytes of each key, as numbers above those the table uses for itself."""
+    words: Keys = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, KEY_BYTES // 8)[:, 0]
+    return np.maximum(words, _LOWEST)
+
+
+class KeyTable:
+    """At most `keys_max` keys: beyond them those that were put first are dropped, some at a time."""
+
+    def __init__(self, keys_max: int) -> None:
+        assert keys_max >= DROPPED_SHARE
+        self._keys_max = keys_max
+        self._live = 0
+        self._puts = 0
+        self._reset(_SIZE_MIN)
+
+    def __len__(self) -> int:
+        return self._live
+
+    @property
+    def nbytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes + self._stamps.nbytes
+
+    def get(self, keys: Keys) -> Values:
+        """The value of each key, NOTHING where there is none."""
+        places = self._find(keys)
+        return np.where(places >= 0, self._values[places], np.uint32(NOTHING))
+
+    def put(self, keys: Keys, values: Values) -> None:
+        """Sets the values of distinct `keys`; NOTHING removes."""
+        places = self._find(keys)
+        known = places >= 0
+        gone = known & (values == NOTHING)
+        self._values[places[known]] = values[known]
+        self._keys[places[gone]] = _DELETED
+        self._live -= int(gone.sum())
+        new = ~known & (values != NOTHING)
+        if new.any():
+            self._make_room(int(new.sum()))
+            self._insert(keys[new], values[new], np.full(int(new.sum()), self._puts, dtype=np.uint32))
+            self._puts += 1
+            if self._live > self._keys_max:
+                self._drop_oldest()
+
+    def replace_values(self, changed: Values, first: int, count: int) -> int:
+        """Values v of `count` places from `first` on become `changed[v]`; NOTHING removes. Returns the number of places."""
+        part = slice(first, first + count)
+        values, keys = self._values[part], self._keys[part]
+        live = keys > _DELETED
+        values[live] = changed[values[live]]
+        gone = live & (values == NOTHING)
+        keys[gone] = _DELETED
+        self._live -= int(gone.sum())
+        return self._keys.size
+
+    def values_in_use(self, count: int) -> npt.NDArray[np.bool_]:
+        """For each value below `count`, whether a key has it."""
+        used = np.zeros(count, dtype=np.bool_)
+        used[self._values[self._keys > _DELETED]] = True
+        return used
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _reset(self, size: int) -> None:
+        self._keys = np.zeros(size, dtype=np.uint64)
+        self._values = np.zeros(size, dtype=np.uint32)
+        self._stamps = np.zeros(size, dtype=np.uint32)
+        self._used = 0  # places that are not empty, deleted ones included
+        self._live = 0
+
+    def _find(self, keys: Keys) -> _Places:
+        mask = np.int64(self._keys.size - 1)
+        at = (keys & np.uint64(mask)).astype(np.int64)
+        found = self._keys[at]
+        places = np.where(found == keys, at, np.int64(-1))
+        open_ = np.flatnonzero((found != keys) & (found != _EMPTY))
+        while open_.size:
+            at[open_] = (at[open_] + 1) & mask
+            found = self._keys[at[open_]]
+            hit = found == keys[open_]
+            places[open_[hit]] = at[open_[hit]]
+            open_ = open_[~hit & (found != _EMPTY)]
+        return places
+
+    def _insert(self, keys: Keys, values: Values, stamps: Values) -> None:
+        """Of keys that are not in the table, into a table with room."""
+        mask = np.int64(self._keys.size - 1)
+        at = (keys & np.uint64(mask)).astype(np.int64)
+        left = np.arange(keys.size)
+        while left.size:
+            found = self._keys[at[left]]
+            free = np.flatnonzero(found <= _DELETED)
+            _, first = np.unique(at[left[free]], return_index=True)  # of several that want one place, one gets it
+            winners = left[free[first]]
+            places = at[winners]
+            self._used += int((self._keys[places] == _EMPTY).sum())
+            self._keys[places], self._values[places], self._stamps[places] = keys[winners], values[winners], stamps[winners]
+            waiting = np.ones(left.size, dtype=np.bool_)
+            waiting[free[first]] = False
+            left = left[waiting]
+            at[left] = (at[left] + 1) & mask
+        self._live += keys.size
+
+    def _make_room(self, more: int) -> None:
+        if 2 * (self._used + more) > self._keys.size:
+            size = self._keys.size
+            while 2 * (self._live + more) > size * 3 // 4:
+                size *= 2
+            self._rebuild(self._keys > _DELETED, size)
+
+    def _drop_oldest(self) -> None:
+        live = self._keys > _DELETED
+        too_many = self._live - self._keys_max + self._keys_max // DROPPED_SHARE
+        stamps = self._stamps[live]
+        oldest = np.partition(stamps, too_many - 1)[too_many - 1]
+        kept = live & (self._stamps > oldest)
+        surplus = int(live.sum() - kept.sum()) - too_many  # put together with the last one dropped: some may stay
+        same = np.flatnonzero(live & (self._stamps == oldest))
+        kept[same[:surplus]] = True
+        self._rebuild(kept, self._keys.size)
+
+    def _rebuild(self, kept: npt.NDArray[np.bool_], size: int) -> None:
+        keys, values, stamps = self._keys[kept], self._values[kept], self._stamps[kept]
+        self._reset(size)
+        self._insert(keys, values, stamps)
