@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from core.blocks import BlockRecord, KvSource
 from core.clock import Clock
-from core.errors import LayoutMismatchError, LeaseExpiredError, StaleEpochError, TransferError
+from core.errors import DigestMismatchError, LayoutMismatchError, LeaseExpiredError, StaleEpochError, TransferError
 from core.request import AttemptKey
 from kvtransfer.choose import transport_order
 from kvtransfer.transport import PullResult, Transport
@@ -30,6 +30,7 @@ class FetchStats:
     blocks: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)  # (failed, tried next)
+    digest_failures: int = 0
 
 
 class Fetcher:
@@ -85,6 +86,7 @@ class Fetcher:
             except (StaleEpochError, LeaseExpiredError, LayoutMismatchError):
                 raise
             except TransferError as error:
+                self.stats.digest_failures += isinstance(error, DigestMismatchError)
                 if following is None:
                     raise
                 self._demote(source, name, following, error)

@@ -68,13 +68,14 @@ class HoldClient:
 
     async def _ask(self, source: KvSource, request: kv_pb2.HoldRequest, timeout_s: float) -> kv_pb2.HoldReply:
         try:
-            return await self._channels.stub(source).Hold(request, timeout=timeout_s)
+            reply: kv_pb2.HoldReply = await self._channels.stub(source).Hold(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             heed_cancellation()
             raise transfer_error(error, source.worker_id) from None
         except asyncio.CancelledError:
             heed_cancellation()  # nobody cancelled us: the channel was closed under the call
             raise TransferError(f"the connection to {source.worker_id} was closed") from None
+        return reply
 
     def _understood(self, reply: kv_pb2.HoldReply, holder: AttemptKey, asked: KvSource, keys: Sequence[BlockKey]) -> Hold:
         """The reply as values of ours. Raises TransferError for one that does not answer what was asked."""
