@@ -8,7 +8,7 @@ import grpc
 
 from core.blocks import KvSource
 from core.service import KEEPALIVE_OPTIONS
-from kvtransfer.service import CHUNK_BYTES
+from kvtransfer.reading import CHUNK_BYTES
 from tandem.v1 import kv_pb2_grpc
 
 _OPTIONS = (

@@ -13,9 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from core.blocks import KvLayout
-from core.errors import LayoutMismatchError
 from kvtransfer.arena import Blocks
-from kvtransfer.codec import RAW
+from kvtransfer.codec import RAW, unknown_codec
 from kvtransfer.encoding_error import EncodingError
 from kvtransfer.int8 import Int8Codec
 from kvtransfer.lossless import PlanesCodec
@@ -75,10 +74,32 @@ def make_codec(name: str, layout: KvLayout) -> Codec:
     """Raises LayoutMismatchError for a codec this version does not have."""
     factory = FACTORIES.get(name)
     if factory is None:
-        raise LayoutMismatchError(f"codec differs: {', '.join(FACTORIES)} here, {name} there")
+        raise unknown_codec(FACTORIES, name)
     return factory(layout)
 
 
 def salt_of(codec: Codec) -> str:
     """What `root_key` takes as its codec: the name of a lossy one, empty for those that keep every bit."""
     return codec.name if codec.lossy else ""
+
+
+class Codecs:
+    """The codecs of one layout, each made when it is first asked for. Without a layout there is `raw` alone.
+
+    Any thread may ask: two that do so at once both make one, and either will do.
+    """
+
+    def __init__(self, layout: KvLayout | None = None) -> None:
+        self._layout = layout
+        self._made: dict[str, Codec] = {}
+
+    def find(self, name: str) -> Codec | None:
+        """None for `raw`: nothing is to be done. Raises LayoutMismatchError for a codec that is not here."""
+        if name == RAW:
+            return None
+        if self._layout is None:
+            raise unknown_codec([RAW], name)
+        codec = self._made.get(name)
+        if codec is None:
+            codec = self._made[name] = make_codec(name, self._layout)
+        return codec

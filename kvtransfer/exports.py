@@ -13,13 +13,14 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from core.blocks import BlockKey, BlockRecord, Closing
+from core.blocks import BlockKey, BlockRecord, Closing, KvLayout
 from core.clock import Clock
 from core.errors import InvalidRequestError, LeaseExpiredError, OverloadedError, StaleEpochError, TransferError
 from core.inventory import Inventory
 from core.request import AttemptKey
 from kvtransfer.arena import Arena
 from kvtransfer.codec import NO_DIGEST, digests_of
+from kvtransfer.codecs import Codecs
 from kvtransfer.follower import Follower
 from kvtransfer.handoff import Export, ExportState
 from kvtransfer.holds import HOLDS_MAX, NOTHING_FOLLOWS, check_keys, find, granted_s
@@ -42,11 +43,20 @@ class _Job:
 
 class Exports:
     def __init__(
-        self, epoch: int, arena: Arena, inventory: Inventory, clock: Clock, *, digest: bool = True, block_size: int = 0
+        self,
+        epoch: int,
+        arena: Arena,
+        inventory: Inventory,
+        clock: Clock,
+        *,
+        digest: bool = True,
+        block_size: int = 0,
+        layout: KvLayout | None = None,
     ) -> None:
-        """`block_size`: tokens of a full block, for the records of holds."""
+        """`block_size`: tokens of a full block, for the records of holds. `layout`: for codecs; without it raw alone."""
         self.epoch = epoch
         self.arena = arena
+        self.codecs = Codecs(layout)
         self.opened = 0
         self.ended: Counter[ExportState] = Counter()
         """How hand-offs ended, for the metrics."""

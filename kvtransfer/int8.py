@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from core.blocks import KvLayout
 from kvtransfer.arena import Blocks
+from kvtransfer.codec import INT8
 from kvtransfer.encoding_error import EncodingError
 
 Floats = npt.NDArray[np.float32]
@@ -40,7 +41,7 @@ class _Quantised(NamedTuple):
 
 
 class Int8Codec:
-    name = "int8"
+    name = INT8
     lossy = True
 
     def __init__(self, layout: KvLayout) -> None:

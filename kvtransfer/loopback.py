@@ -8,6 +8,7 @@ from core.blocks import BlockRecord, KvSource
 from core.errors import StaleEpochError, TransferError
 from core.request import AttemptKey
 from kvtransfer.arena import Arena
+from kvtransfer.codec import RAW
 from kvtransfer.copier import Copier, Memory
 from kvtransfer.transport import PullResult
 
@@ -49,7 +50,7 @@ class LoopbackTransport:
         self._hub = hub
 
     async def pull(
-        self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int]
+        self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int], codec: str = RAW
     ) -> PullResult:
         arena = self._hub.find(source)
         return await self._copier.copy(Memory(arena.bytes_view(), arena.generations), records, dest_blocks)

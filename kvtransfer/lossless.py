@@ -16,6 +16,7 @@ import numpy as np
 
 from core.blocks import KvLayout
 from kvtransfer.arena import Blocks
+from kvtransfer.codec import PLANES
 from kvtransfer.encoding_error import EncodingError
 
 LEVEL = 1
@@ -25,7 +26,7 @@ WORTH = 0.95  # of its size, or less, or a plane is not worth the inflating
 
 
 class PlanesCodec:
-    name = "planes"
+    name = PLANES
     lossy = False
 
     def __init__(self, layout: KvLayout) -> None:

@@ -7,24 +7,22 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 import grpc
-import numpy as np
 
 from core.blocks import BlockRecord
 from core.errors import InvalidRequestError, LeaseExpiredError, TransferError
 from core.wire import closing_to_pb, key_from_pb, record_from_pb, record_to_pb
-from kvtransfer.arena import Arena
+from kvtransfer.codec import RAW
 from kvtransfer.exports import Exports
 from kvtransfer.follower import Follower
 from kvtransfer.handoff import ExportState, News
+from kvtransfer.reading import read_encoded, read_spans
 from kvtransfer.rpc import abort
-from kvtransfer.transport import BlocksGoneError
 from tandem.errors import TandemError
 from tandem.v1 import kv_pb2, kv_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 READ_BLOCKS_MAX = 2048  # of one Read; a puller that wants more asks again
-CHUNK_BYTES = 2**20
 RECORDS_PER_MESSAGE = 1024
 OPEN_TIMEOUT_S = 10.0
 
@@ -64,8 +62,13 @@ class KvServicer(kv_pb2_grpc.KvServicer):
     async def Read(self, request: kv_pb2.ReadRequest, context: _ReadContext) -> AsyncIterator[kv_pb2.ReadChunk]:
         try:
             records = self._readable(request, context)
-            for chunk in read_spans(self._exports.arena, records):
-                yield kv_pb2.ReadChunk(data=chunk)
+            codec = self._exports.codecs.find(request.codec or RAW)
+            if codec is None:
+                for chunk in read_spans(self._exports.arena, records):
+                    yield kv_pb2.ReadChunk(data=chunk)
+                return
+            async for encoded in read_encoded(self._exports.arena, records, codec):
+                yield encoded
         except TandemError as error:
             await abort(context, error)
 
@@ -126,33 +129,6 @@ class KvServicer(kv_pb2_grpc.KvServicer):
 
 class _FollowerGone(Exception):
     """The stream ended without a `done`; the follower may come again."""
-
-
-def read_spans(arena: Arena, records: Sequence[BlockRecord], chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The blocks' bytes in the order of `records`, in chunks of `chunk_bytes`, the last one shorter.
-
-    Raises BlocksGoneError instead of handing out a chunk whose blocks changed before or while it was read.
-    """
-    size = arena.block_bytes
-    blocks = arena.bytes_view()
-    for start in range(0, len(records) * size, chunk_bytes):
-        stop = min(start + chunk_bytes, len(records) * size)
-        first, last = start // size, (stop - 1) // size
-        touched = records[first : last + 1]
-        views = [blocks[record.block_id].data for record in touched]
-        views[-1] = views[-1][: stop - last * size]
-        views[0] = views[0][start - first * size :]
-        _check_generations(arena, touched)
-        chunk = b"".join(views)
-        _check_generations(arena, touched)
-        yield chunk
-
-
-def _check_generations(arena: Arena, records: Sequence[BlockRecord]) -> None:
-    words = arena.generations
-    gone = [record.index for record in records if words[record.block_id] != np.uint64(record.generation)]
-    if gone:
-        raise BlocksGoneError(gone)
 
 
 def _messages(news: News, renewals: int) -> Iterator[kv_pb2.Announcement]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from core.blocks import BlockRecord, KvSource
 from core.errors import TransferError
 from core.request import AttemptKey
+from kvtransfer.codec import RAW
 from kvtransfer.copier import Copier, Memory
 from kvtransfer.shared_arena import MappedArena
 from kvtransfer.transport import PullResult
@@ -24,7 +25,7 @@ class ShmTransport:
         self._mapped: dict[tuple[str, int], MappedArena] = {}  # by (path, epoch), the one used last at the end
 
     async def pull(
-        self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int]
+        self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int], codec: str = RAW
     ) -> PullResult:
         arena = await self._arena(source)
         return await self._copier.copy(Memory(arena.blocks, arena.generations), records, dest_blocks)

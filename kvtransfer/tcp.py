@@ -11,6 +11,8 @@ from core.blocks import BlockRecord, KvSource
 from core.errors import TransferError
 from core.request import AttemptKey
 from kvtransfer.arena import Blocks
+from kvtransfer.codec import RAW
+from kvtransfer.codecs import Codecs
 from kvtransfer.copier import settled
 from kvtransfer.tcp_lane import Job, Lane
 from kvtransfer.tcp_wire import Security
@@ -34,8 +36,10 @@ class TcpTransport:
         timeout_s: float,
         connections: int = 2,
         security: Security | None = None,
+        codecs: Codecs | None = None,
     ) -> None:
         self._dest = dest
+        self._codecs = codecs or Codecs()
         self._digest = digest
         self._timeout_s = timeout_s
         self._connections = connections
@@ -44,7 +48,7 @@ class TcpTransport:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-tcp")
 
     async def pull(
-        self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int]
+        self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int], codec: str = RAW
     ) -> PullResult:
         check_request(records, dest_blocks, self._dest)
         check_places(records, source.num_blocks)
@@ -60,6 +64,7 @@ class TcpTransport:
             digest=self._digest,
             timeout_s=self._timeout_s,
             lanes_max=self._connections,
+            codec=self._codecs.find(codec),
         )
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -69,7 +74,8 @@ class TcpTransport:
                 f"{source.worker_id} did not send {len(records)} blocks within {self._timeout_s:g} s;"
                 " raise transfer.pull_timeout_s if the link is that slow"
             ) from None
-        return PullResult(len(records) * int(self._dest.shape[1]), time.perf_counter() - started)
+        size = len(records) * int(self._dest.shape[1])
+        return PullResult(size, time.perf_counter() - started, codec, job.encoded_bytes)
 
     def forget(self, source: KvSource) -> None:
         peer = self._peers.pop((source.tcp_address, source.epoch), None)

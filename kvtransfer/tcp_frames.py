@@ -3,8 +3,11 @@
     server  GREETING  magic, version, nonce
     client  HELLO     magic, version, epoch, nonce, proof
     server  WELCOME   status, epoch, proof
-    client  REQUEST   magic, seq, timeout, epoch, block_bytes, key, places (any number of these)
+    client  REQUEST   magic, seq, timeout, epoch, block_bytes, codec, key, places (any number of these)
     server  REPLY     magic, seq, status, count; the blocks' bytes in the order asked for; TRAILER: magic, seq, status
+
+With a codec other than raw, places carry the announced digests as well, and the blocks come in groups of `group_blocks`:
+a table of lengths and digests of the encodings, then the encodings.
 
 A reply that is not OK carries its reason and no bytes. The trailer says whether the blocks still were of their generation
 once the last byte had been taken out of the arena. Proofs are HMAC-SHA256 over both nonces and the epoch, keyed with the
@@ -25,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import (
+    DigestMismatchError,
     LayoutMismatchError,
     LeaseExpiredError,
     StaleEpochError,
@@ -32,24 +36,28 @@ from core.errors import (
     TransferError,
 )
 from core.request import AttemptKey
+from kvtransfer.codec import RAW
 from kvtransfer.transport import BlocksGoneError
 
-VERSION = 1
+VERSION = 2
 BLOCKS_MAX = 1024  # of one request: as many buffers as one system call takes
 REQUEST_ID_BYTES_MAX = 4096
 DETAIL_BYTES_MAX = 4 * BLOCKS_MAX
 NONCE_BYTES = 16
+GROUP_BYTES = 2**20  # of plain bytes; encoded, sent and decoded at a time
 
 _GREETING = struct.Struct("<4sHxx16s")
 _HELLO = struct.Struct("<4sHxxQ16s32s")
 _WELCOME = struct.Struct("<BxxxQ32s")
-_REQUEST = struct.Struct("<4sIIIQQII")
+_REQUEST = struct.Struct("<4sIIIQQ8sII")
 _REPLY = struct.Struct("<4sIBxxxII")
 _PLACE = np.dtype([("index", "<u4"), ("block_id", "<u4"), ("generation", "<u8")])
+_PLACE_TO_ENCODE = np.dtype([*_PLACE.descr, ("digest", "<u8")])
+_ENCODING = np.dtype([("length", "<u4"), ("digest", "<u8")])
 
 GREETING_BYTES, HELLO_BYTES, WELCOME_BYTES = _GREETING.size, _HELLO.size, _WELCOME.size
 REQUEST_HEAD_BYTES, REPLY_HEAD_BYTES = _REQUEST.size, _REPLY.size
-REQUEST_BODY_BYTES_MAX = REQUEST_ID_BYTES_MAX + BLOCKS_MAX * _PLACE.itemsize
+REQUEST_BODY_BYTES_MAX = REQUEST_ID_BYTES_MAX + BLOCKS_MAX * _PLACE_TO_ENCODE.itemsize
 
 _HELLO_MAGIC, _REQUEST_MAGIC, REPLY_MAGIC, TRAILER_MAGIC = b"TKVB", b"TKVR", b"TKVA", b"TKVZ"
 
@@ -68,12 +76,14 @@ class Status(IntEnum):
     LEASE_EXPIRED = 4
     LAYOUT = 5
     DENIED = 6
+    DIGEST = 7
 
 
 _KINDS: dict[Status, type[TransferError]] = {
     Status.STALE_EPOCH: StaleEpochError,
     Status.LEASE_EXPIRED: LeaseExpiredError,
     Status.LAYOUT: LayoutMismatchError,
+    Status.DIGEST: DigestMismatchError,
 }
 
 
@@ -84,12 +94,13 @@ class RequestHead:
     epoch: int
     block_bytes: int
     attempt: int
+    codec: str
     id_bytes: int
     count: int
 
     @property
     def body_bytes(self) -> int:
-        return self.id_bytes + self.count * _PLACE.itemsize
+        return self.id_bytes + self.count * _places_of(self.codec).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +110,8 @@ class Request:
     indices: npt.NDArray[np.uint32]
     block_ids: npt.NDArray[np.uint32]
     generations: npt.NDArray[np.uint64]
+    digests: npt.NDArray[np.uint64]
+    """Announced ones; empty for raw, where only the far end needs them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,27 +174,31 @@ def request(
     epoch: int,
     block_bytes: int,
     key: AttemptKey,
-    places: Sequence[tuple[int, int, int]],
+    places: Sequence[tuple[int, ...]],
+    codec: str = RAW,
 ) -> bytes:
-    """`places`: (index, block id, generation) of up to BLOCKS_MAX blocks. Raises TransferError for an id that is too long."""
+    """`places`: (index, block id, generation) of up to BLOCKS_MAX blocks, and with a codec their digests.
+
+    Raises TransferError for an id that is too long.
+    """
     assert len(places) <= BLOCKS_MAX, "cut the request into parts"
     name = key.request_id.encode()
     if len(name) > REQUEST_ID_BYTES_MAX:
         raise TransferError(f"a request id of {len(name)} bytes; tcp carries at most {REQUEST_ID_BYTES_MAX}")
     timeout_ms = min(2**32 - 1, max(1, int(timeout_s * 1000)))
-    head = _REQUEST.pack(_REQUEST_MAGIC, seq, timeout_ms, key.attempt, epoch, block_bytes, len(name), len(places))
-    table = np.empty(len(places), _PLACE)
-    for column, values in zip(_PLACE.names or (), zip(*places, strict=True), strict=False):
-        table[column] = values
-    return head + name + table.tobytes()
+    head = _REQUEST.pack(
+        _REQUEST_MAGIC, seq, timeout_ms, key.attempt, epoch, block_bytes, codec.encode("ascii"), len(name), len(places)
+    )
+    return head + name + np.array(places, _places_of(codec)).tobytes()
 
 
 def parse_request_head(data: Buffer) -> RequestHead:
     """Bounds everything that is still to be read. Raises FrameError."""
-    magic, seq, timeout_ms, attempt, epoch, block_bytes, id_bytes, count = _REQUEST.unpack(data)
+    magic, seq, timeout_ms, attempt, epoch, block_bytes, codec, id_bytes, count = _REQUEST.unpack(data)
     if magic != _REQUEST_MAGIC or id_bytes > REQUEST_ID_BYTES_MAX or count > BLOCKS_MAX or not timeout_ms:
         raise FrameError(f"not a request: {bytes(data[:32]).hex()}")
-    return RequestHead(seq, timeout_ms / 1000, epoch, block_bytes, attempt, id_bytes, count)
+    name = codec.rstrip(b"\0").decode("ascii", "replace")
+    return RequestHead(seq, timeout_ms / 1000, epoch, block_bytes, attempt, name, id_bytes, count)
 
 
 def parse_request(head: RequestHead, body: Buffer) -> Request:
@@ -190,8 +207,14 @@ def parse_request(head: RequestHead, body: Buffer) -> Request:
         key = AttemptKey(bytes(body[: head.id_bytes]).decode(), head.attempt)
     except UnicodeDecodeError:
         raise FrameError("a request id that is no UTF-8") from None
-    places = np.frombuffer(body, _PLACE, head.count, head.id_bytes) if head.count else np.empty(0, _PLACE)
-    return Request(head, key, places["index"].copy(), places["block_id"].copy(), places["generation"].copy())
+    kind = _places_of(head.codec)
+    places = np.frombuffer(body, kind, head.count, head.id_bytes) if head.count else np.empty(0, kind)
+    digests = places["digest"].copy() if kind is _PLACE_TO_ENCODE else np.empty(0, np.uint64)
+    return Request(head, key, places["index"].copy(), places["block_id"].copy(), places["generation"].copy(), digests)
+
+
+def _places_of(codec: str) -> np.dtype[np.void]:
+    return _PLACE if codec == RAW else _PLACE_TO_ENCODE
 
 
 # -- answering -----------------------------------------------------------------------------------------------------
@@ -200,6 +223,25 @@ def parse_request(head: RequestHead, body: Buffer) -> Request:
 def reply(seq: int, count: int) -> bytes:
     """The head of a reply that `count` blocks follow."""
     return _REPLY.pack(REPLY_MAGIC, seq, Status.OK, count, 0)
+
+
+def group_blocks(block_bytes: int) -> int:
+    """How many encoded blocks stand behind one table, the last one's fewer."""
+    return max(1, GROUP_BYTES // block_bytes)
+
+
+def table(encodings: Sequence[tuple[int, int]]) -> bytes:
+    """Of the group that follows: (length, digest) of each encoding."""
+    return np.array(encodings, _ENCODING).tobytes()
+
+
+def table_bytes(count: int) -> int:
+    return count * _ENCODING.itemsize
+
+
+def parse_table(data: Buffer) -> list[tuple[int, int]]:
+    rows: list[tuple[int, int]] = np.frombuffer(data, _ENCODING).tolist()
+    return rows
 
 
 def refusal(seq: int, error: TandemError) -> bytes:

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import numpy as np
+
 from core.blocks import BlockRecord, KvSource
 from core.errors import DigestMismatchError, TransferError
 from core.request import AttemptKey
 from kvtransfer import tcp_frames as frames
 from kvtransfer.arena import Blocks
-from kvtransfer.codec import check_digest
+from kvtransfer.codec import RAW, check_digest
+from kvtransfer.codecs import Codec
+from kvtransfer.encoded import Encoding, check_length, decode_block
+from kvtransfer.encoding_error import EncodingError
 from kvtransfer.spans import coalesce
 from kvtransfer.tcp_wire import HANDSHAKE_S, Security, Wire, introduce, tune
 
@@ -47,12 +52,15 @@ class Job:
         digest: bool,
         timeout_s: float,
         lanes_max: int,
+        codec: Codec | None = None,
     ) -> None:
         self.source = source
         self.key = key
         self.dest = dest
         self.digest = digest
         self.timeout_s = timeout_s
+        self.codec = codec
+        self.encoded_bytes = 0
         self.error: TransferError | None = None
         """The first one; what follows it are its consequences."""
         size_bytes = len(records) * int(dest.shape[1])
@@ -66,6 +74,10 @@ class Job:
     def take(self) -> Part | None:
         with self._lock:
             return None if self.error is not None or not self._parts else self._parts.popleft()
+
+    def count(self, encoded_bytes: int) -> None:
+        with self._lock:
+            self.encoded_bytes += encoded_bytes
 
     def fail(self, error: TransferError) -> None:
         with self._lock:
@@ -84,6 +96,7 @@ class Lane:
         self._lock = threading.Lock()
         self._seqs = count(1)
         self._trailer = memoryview(bytearray(frames.REPLY_HEAD_BYTES))
+        self._encoded = np.empty(0, np.uint8)  # one group of encodings; grows to the largest
 
     def work(self, job: Job) -> None:
         """Moves parts of `job` until none is left. Raises TransferError, after the job has been told."""
@@ -152,22 +165,52 @@ class Lane:
 
     def _ask(self, wire: Wire, job: Job, part: Part) -> int:
         seq = next(self._seqs) % 2**32
-        places = [(record.index, record.block_id, record.generation) for record in part.records]
-        wire.send([frames.request(seq, job.timeout_s, self._source.epoch, int(job.dest.shape[1]), job.key, places)])
+        places: list[tuple[int, ...]]
+        if job.codec is None:
+            codec, places = RAW, [(record.index, record.block_id, record.generation) for record in part.records]
+        else:
+            codec = job.codec.name
+            places = [(record.index, record.block_id, record.generation, record.digest) for record in part.records]
+        wire.send([frames.request(seq, job.timeout_s, self._source.epoch, int(job.dest.shape[1]), job.key, places, codec)])
         return seq
 
     def _receive(self, wire: Wire, job: Job, seq: int, part: Part) -> None:
         self._check(wire, wire.read(frames.REPLY_HEAD_BYTES), frames.REPLY_MAGIC, seq, len(part.records))
+        corrupted = (
+            self._receive_plain(wire, job, part) if job.codec is None else self._receive_encoded(wire, job, job.codec, part)
+        )
+        # First the trailer: bytes of a later owner are not corrupted, they are another's.
+        self._check(wire, self._trailer, frames.TRAILER_MAGIC, seq, 0)
+        if corrupted is not None:
+            raise corrupted
+
+    def _receive_plain(self, wire: Wire, job: Job, part: Part) -> DigestMismatchError | None:
         corrupted: DigestMismatchError | None = None
         for span, last in _spans(part, DIGEST_SPAN_BYTES if job.digest else PART_BYTES_MAX, job.dest):
             views = _views(job.dest, span.dest_blocks)
             wire.receive([*views, self._trailer] if last else views)  # one system call, and one waking up, for both
             if job.digest and corrupted is None:
                 corrupted = _corrupted(job.dest, span)
-        # First the trailer: bytes of a later owner are not corrupted, they are another's.
-        self._check(wire, self._trailer, frames.TRAILER_MAGIC, seq, 0)
-        if corrupted is not None:
-            raise corrupted
+        return corrupted
+
+    def _receive_encoded(self, wire: Wire, job: Job, codec: Codec, part: Part) -> TransferError | None:
+        """Group by group: the source encodes the next one while this one is decoded into its blocks."""
+        failed: TransferError | None = None
+        for span, last in _spans(part, frames.GROUP_BYTES, job.dest):
+            table = frames.parse_table(wire.read(frames.table_bytes(len(span.records))))
+            for record, (length, _) in zip(span.records, table, strict=True):
+                check_length(codec, length, record.index)
+            group = self._group(sum(length for length, _ in table))
+            wire.receive([group.data, self._trailer] if last else [group.data])
+            job.count(group.nbytes)
+            if failed is None:
+                failed = _undecodable(job, codec, span, table, group)
+        return failed
+
+    def _group(self, size: int) -> Blocks:
+        if self._encoded.nbytes < size:
+            self._encoded = np.empty(size, np.uint8)
+        return self._encoded[:size]
 
     def _check(self, wire: Wire, data: memoryview, magic: bytes, seq: int, expected: int) -> None:
         head = frames.parse_reply_head(data, magic, seq)
@@ -195,6 +238,18 @@ def _corrupted(dest: Blocks, span: Part) -> DigestMismatchError | None:
         for record, block in zip(span.records, span.dest_blocks, strict=True):
             check_digest(dest[block], record.digest, record.index)
     except DigestMismatchError as error:
+        return error
+    return None
+
+
+def _undecodable(job: Job, codec: Codec, span: Part, table: list[tuple[int, int]], group: Blocks) -> TransferError | None:
+    start = 0
+    try:
+        for record, block, (length, digest) in zip(span.records, span.dest_blocks, table, strict=True):
+            encoding = Encoding(group[start : start + length], digest)
+            decode_block(codec, encoding, job.dest[block], record, digest=job.digest)
+            start += length
+    except (DigestMismatchError, EncodingError) as error:
         return error
     return None
 

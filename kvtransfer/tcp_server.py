@@ -9,8 +9,10 @@ import time
 
 import numpy as np
 
-from core.errors import ConfigError, LayoutMismatchError, TransferError
+from core.errors import ConfigError, DigestMismatchError, LayoutMismatchError, TransferError
 from kvtransfer import tcp_frames as frames
+from kvtransfer.codecs import Codec
+from kvtransfer.encoded import check_before, encode_blocks
 from kvtransfer.exports import Exports
 from kvtransfer.spans import coalesce
 from kvtransfer.tcp_frames import Buffer, Request
@@ -34,7 +36,14 @@ class TcpServer:
     Raises ConfigError when it cannot listen there.
     """
 
-    def __init__(self, exports: Exports, bind: str, *, security: Security | None = None, advertise: str = "") -> None:
+    def __init__(
+        self,
+        exports: Exports,
+        bind: str,
+        *,
+        security: Security | None = None,
+        advertise: str = "",
+    ) -> None:
         self._exports = exports
         self._security = security or Security()
         self._flat = exports.arena.bytes_view().reshape(-1).data
@@ -116,10 +125,17 @@ class TcpServer:
         request = frames.parse_request(head, wire.read(head.body_bytes))
         try:
             block_ids = self._readable(request)
+            codec = self._exports.codecs.find(head.codec)
+            if codec is not None:
+                self._check_digests(request, codec)
         except TransferError as error:
             wire.send([frames.refusal(head.seq, error)])
             return
-        self._send_blocks(wire, frames.reply(head.seq, head.count), block_ids, deadline)
+        reply = frames.reply(head.seq, head.count)
+        if codec is None:
+            self._send_blocks(wire, reply, block_ids, deadline)
+        else:
+            self._send_encoded(wire, reply, block_ids, codec, deadline)
         wire.send([frames.trailer(head.seq, self._gone(request))])
 
     def _send_blocks(self, wire: Wire, reply: bytes, block_ids: list[int], deadline: float) -> None:
@@ -127,13 +143,32 @@ class TcpServer:
         span_blocks = max(1, SPAN_BYTES // size)
         buffers: list[Buffer] = [reply]
         for first in range(0, max(1, len(block_ids)), span_blocks):
-            if time.monotonic() > deadline:
-                raise TransferError("its time ran out in mid-reply: it reads too slowly")
+            _check_time(deadline)
             span = block_ids[first : first + span_blocks]
             runs = coalesce(span, span, span_blocks)
             buffers += [self._flat[start * size : (start + count) * size] for _, start, _, count in runs]
             wire.send(buffers)
             buffers = []
+
+    def _send_encoded(self, wire: Wire, reply: bytes, block_ids: list[int], codec: Codec, deadline: float) -> None:
+        blocks, size = self._exports.arena.bytes_view(), frames.group_blocks(self._exports.arena.block_bytes)
+        buffers: list[Buffer] = [reply]
+        for first in range(0, max(1, len(block_ids)), size):
+            _check_time(deadline)
+            encodings = encode_blocks(codec, blocks, block_ids[first : first + size])
+            buffers.append(frames.table([(encoding.data.nbytes, encoding.digest) for encoding in encodings]))
+            wire.send([*buffers, *(encoding.data.data for encoding in encodings)])
+            buffers = []
+
+    def _check_digests(self, request: Request, codec: Codec) -> None:
+        columns = (request.indices.tolist(), request.block_ids.tolist(), request.digests.tolist())
+        try:
+            check_before(codec, self._exports.arena.bytes_view(), list(zip(*columns, strict=True)))
+        except DigestMismatchError:
+            gone = self._gone(request)  # bytes of a later owner are not corrupted, they are another's
+            if gone:
+                raise BlocksGoneError(gone) from None
+            raise
 
     def _readable(self, request: Request) -> list[int]:
         """The blocks to send. Raises what `refusal` can say."""
@@ -150,6 +185,11 @@ class TcpServer:
     def _gone(self, request: Request) -> list[int]:
         changed = self._exports.arena.generations[request.block_ids] != request.generations
         return [int(index) for index in request.indices[np.flatnonzero(changed)]]
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise TransferError("its time ran out in mid-reply: it reads too slowly")
 
 
 def _listen(bind: str) -> tuple[str, socket.socket]:

@@ -9,11 +9,17 @@ from core.blocks import BlockRecord, KvSource
 from core.errors import LeaseExpiredError, TransferError
 from core.request import AttemptKey
 from kvtransfer.arena import Blocks
+from kvtransfer.codec import RAW
 
 
 class PullResult(NamedTuple):
     bytes: int
+    """Of the blocks, as they lie in memory."""
     seconds: float
+    codec: str = RAW
+    """What they really went through."""
+    wire_bytes: int = 0
+    """What crossed the link instead, when they were encoded."""
     transport: str = ""
     """By which the blocks came; filled in by whoever chose it."""
 
@@ -44,8 +50,12 @@ class Transport(Protocol):
     def name(self) -> str: ...
 
     async def pull(
-        self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int]
-    ) -> PullResult: ...
+        self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int], codec: str = RAW
+    ) -> PullResult:
+        """`codec` is how the blocks are to be encoded on a network link. What shares memory moves them raw all the same;
+        the result says what was done. Raises LayoutMismatchError for a codec that either end does not have, EncodingError
+        for an encoding that is none."""
+        ...
 
     def forget(self, source: KvSource) -> None:
         """Drops what is cached of an incarnation that is gone."""

@@ -152,7 +152,7 @@ async def test_a_layout_that_differs_is_named(change, field):
 async def test_an_unknown_codec_is_named():
     async with source_end() as source, destination_end() as destination:
         ticket = replace(source.open(KEY), codec="int3")
-        with pytest.raises(LayoutMismatchError, match="codec differs: raw here, int3 there"):
+        with pytest.raises(LayoutMismatchError, match="codec differs: raw, planes, int8 here, int3 there"):
             await destination.puller.pull(ticket, destination.plan(TOKENS))
 
 

@@ -13,7 +13,7 @@ from core.errors import DigestMismatchError, TransferError
 from kvtransfer.arena import HostArena
 from kvtransfer.codec import digest_of
 from kvtransfer.copier import INLINE_BYTES_MAX, Copier, CopyJob, Memory
-from kvtransfer.service import read_spans
+from kvtransfer.reading import read_spans
 from kvtransfer.transport import BlocksGoneError
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from core.blocks import KvSource
 from core.errors import DigestMismatchError, LayoutMismatchError, TransferError
 from kvtransfer.choose import transport_order
-from kvtransfer.codec import check_codec, check_digest, digest_of, digests_of
+from kvtransfer.codec import CODECS, check_codec, check_digest, digest_of, digests_of
 from kvtransfer.spans import coalesce
 
 HERE = ("loopback", "shm", "tcp", "grpc")
@@ -89,6 +89,7 @@ def test_digests():
 
 
 def test_codecs():
-    check_codec("raw")
-    with pytest.raises(LayoutMismatchError, match="codec differs: raw here, int8 there"):
-        check_codec("int8")
+    for name in (*CODECS, "auto"):
+        check_codec(name)
+    with pytest.raises(LayoutMismatchError, match="codec differs: raw, planes, int8 here, int3 there"):
+        check_codec("int3")

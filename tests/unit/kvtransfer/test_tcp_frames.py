@@ -32,8 +32,24 @@ def test_requests_come_back(seq, timeout_s, epoch, block_bytes, key, blocks):
     head = request.head
     assert (head.seq, head.epoch, head.block_bytes, head.count, request.key) == (seq, epoch, block_bytes, len(blocks), key)
     assert head.timeout_s == pytest.approx(timeout_s, abs=0.001)
+    assert (head.codec, request.digests.size) == ("raw", 0)
     columns = (request.indices.tolist(), request.block_ids.tolist(), request.generations.tolist())
     assert list(zip(*columns, strict=True)) == blocks
+
+
+@given(u32, st.sampled_from(["planes", "int8"]), st.lists(st.tuples(u32, u32, u64, u64), max_size=20))
+def test_requests_for_encoded_blocks_carry_digests(seq, codec, blocks):
+    request = parsed_request(frames.request(seq, 1.0, 7, 4096, AttemptKey("r", 1), blocks, codec))
+    assert request.head.codec == codec
+    columns = (request.indices, request.block_ids, request.generations, request.digests)
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == blocks
+
+
+@given(st.lists(st.tuples(u32, u64), max_size=20))
+def test_tables_of_encodings_come_back(encodings):
+    data = frames.table(encodings)
+    assert len(data) == frames.table_bytes(len(encodings))
+    assert frames.parse_table(data) == encodings
 
 
 @given(st.data())
