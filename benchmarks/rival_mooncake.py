@@ -1,6 +1,9 @@
-"""Mooncake's Transfer Engine over TCP on loopback, in its own environment: run by `benchmarks.kv_tcp`, imports nothing of ours.
+"""Mooncake's Transfer Engine over TCP on loopback, run in its own environment by `benchmarks.rounds`; imports nothing of ours.
 
-python rival_mooncake.py BYTES      prints `GB/s X`, the best median of reads and writes between two processes
+python rival_mooncake.py BYTES_MAX BLOCK_BYTES
+
+Two processes. For every size it tries its ways of moving that many bytes (a read or a write, in one piece or block by block
+in one batch) a few times, and then takes its turns with the quickest.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from statistics import median
 
 import numpy as np
 
-ROUNDS = 9
+TRIES = 4
 
 
 def engine():
@@ -35,33 +38,60 @@ def target(size: int) -> None:
     made = engine()
     memory = registered(made, size)
     print(f"127.0.0.1:{made.get_rpc_port()} {memory.ctypes.data}", flush=True)
-    sys.stdin.read()
+    for _ in sys.stdin:
+        print(f"sum {int(memory[-4096:].astype(np.uint64).sum())}", flush=True)
 
 
-def seconds(move, peer: str, here: int, there: int, size: int) -> float:
-    took = []
-    for _ in range(ROUNDS + 1):
-        started = time.perf_counter()
-        if move(peer, here, there, size) != 0:
-            raise SystemExit("a transfer failed")
-        took.append(time.perf_counter() - started)
-    return median(took[1:])
+def ways(made, peer: str, here: int, there: int, block: int) -> dict:
+    def batch(move):
+        def work(size: int) -> int:
+            places = range(0, size, block)
+            return move(peer, [here + at for at in places], [there + at for at in places], [block] * len(places))
+
+        return work
+
+    return {
+        "read": lambda size: made.transfer_sync_read(peer, here, there, size),
+        "write": lambda size: made.transfer_sync_write(peer, here, there, size),
+        "batch of reads": batch(made.batch_transfer_sync_read),
+        "batch of writes": batch(made.batch_transfer_sync_write),
+    }
+
+
+def took_s(way, size: int) -> float:
+    started = time.perf_counter()
+    if way(size) != 0:
+        raise SystemExit("a transfer failed")
+    return time.perf_counter() - started
 
 
 def main() -> None:
-    size = int(sys.argv[1])
+    size_max, block = int(sys.argv[1]), int(sys.argv[2])
     if "--target" in sys.argv:
-        target(size)
+        target(size_max)
         return
-    command = [sys.executable, __file__, str(size), "--target"]
+    command = [sys.executable, __file__, str(size_max), str(block), "--target"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         peer, there = next(line for line in other.stdout if line.startswith("127.0.0.1:")).split()
         made = engine()
-        here = registered(made, size).ctypes.data
-        moves = (made.transfer_sync_read, made.transfer_sync_write)
-        best_s = min(seconds(move, peer, here, int(there), size) for move in moves)
+        memory = registered(made, size_max)
+        memory[:] = np.random.default_rng(0).integers(0, 256, size_max, np.uint8)
+        known = ways(made, peer, memory.ctypes.data, int(there), block)
+        known["write"](size_max)
+        other.stdin.write("sum\n")
+        other.stdin.flush()
+        said = next(line for line in other.stdout if line.startswith("sum"))
+        if int(said.split()[1]) != int(memory[-4096:].astype(np.uint64).sum()):
+            raise SystemExit("the bytes that arrived are others")
+        print(f"ready: over tcp, {block} bytes a block", flush=True)
+        best: dict[int, str] = {}
+        for line in sys.stdin:
+            size = int(line)
+            if size not in best:
+                best[size] = min(known, key=lambda name: median(took_s(known[name], size) for _ in range(TRIES)))
+                print(f"{size} bytes: its quickest way is a {best[size]}", file=sys.stderr, flush=True)
+            print(f"took {took_s(known[best[size]], size):.9f}", flush=True)
         other.stdin.close()
-    print(f"GB/s {size / best_s / 1e9:.3f}")
 
 
 if __name__ == "__main__":
