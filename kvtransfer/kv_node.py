@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,9 +12,14 @@ from core.blocks import BlockKey, BlockRecord, KvLayout, KvSource
 from core.errors import LayoutMismatchError, StaleEpochError
 from core.inventory import Inventory
 from core.request import AttemptKey, WorkerRole
+from kvtransfer.codec import digests_of
 from kvtransfer.directory import Tier
 from kvtransfer.exports import Exports
 from kvtransfer.holds import granted_s
+
+log = logging.getLogger(__name__)
+
+VERIFY_BYTES = 8 * 2**20  # read by a thread at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +44,24 @@ class TierStat(NamedTuple):
     pinned: int
 
 
-@dataclass(frozen=True, slots=True)
-class NodeStat:
+class NodeEntry(NamedTuple):
+    """A block as tools list it."""
+
+    key: BlockKey
+    tier: Tier
+    block_bytes: int
+    hits: int = 0
+    tenant: bytes = b""
+    pinned: bool = False
+    digest: int = 0
+
+
+class Verified(NamedTuple):
+    checked: int
+    dropped: int
+
+
+class NodeStat(NamedTuple):
     worker_id: str
     epoch: int
     role: WorkerRole
@@ -79,6 +102,7 @@ class KvNode:
         self.role = role
         self.policy = policy
         self.counts = NodeCounts()
+        self._condemned: set[BlockKey] = set()  # not what their digests say, still held by somebody
 
     @property
     def epoch(self) -> int:
@@ -101,13 +125,62 @@ class KvNode:
     def stat(self) -> NodeStat:
         counts, source = self.inventory.counts(), self.source()
         blocks = counts.total - counts.free
+        evictions, pinned = self.inventory.evictions, self.inventory.pinned()
         dram = TierStat(
-            Tier.DRAM, blocks, counts.total, blocks * self.layout.block_bytes, self.counts.hits, self.counts.misses, 0, 0
+            Tier.DRAM,
+            blocks,
+            counts.total,
+            blocks * self.layout.block_bytes,
+            self.counts.hits,
+            self.counts.misses,
+            evictions.for_space + evictions.asked,
+            pinned,
         )
         leases = self.inventory.leases_open()
         return NodeStat(
             source.worker_id, self.epoch, self.role, self.layout, (dram,), leases, self.policy, self.counts.digest_failures
         )
+
+    def entries(self) -> list[NodeEntry]:
+        size = self.layout.block_bytes
+        return [NodeEntry(e.key, Tier.DRAM, size, e.hits, e.tenant, e.pinned, e.digest) for e in self.inventory.entries()]
+
+    async def verify(self, keys: Sequence[BlockKey]) -> Verified:
+        """Reads `keys`, or every block, against the digests noted here; blocks without one cannot be judged. What fails is
+        dropped and counted, or, while somebody holds it, when it is let go."""
+        keys = keys or [entry.key for entry in self.inventory.entries()]
+        span = max(1, VERIFY_BYTES // self.layout.block_bytes)
+        checked, bad = 0, list[BlockKey]()
+        for start in range(0, len(keys), span):
+            part = keys[start : start + span]
+            found = self.inventory.find(part)
+            blocks = {block: key for key, block in zip(part, found, strict=True) if block is not None}
+            try:
+                known = [block for block in blocks if self.inventory.digest(block)]
+                digests = await asyncio.to_thread(digests_of, self.exports.arena.bytes_view(), known)
+                checked += len(known)
+                bad += [blocks[b] for b, digest in zip(known, digests, strict=True) if digest != self.inventory.digest(b)]
+            finally:
+                self.inventory.release([block for block in found if block is not None])
+        if bad:
+            log.warning("%d of %d blocks are not what their digests say; they are dropped", len(bad), checked)
+        self.counts.digest_failures += len(bad)
+        self._condemned.update(bad)
+        self.sweep()
+        return Verified(checked, len(bad))
+
+    def sweep(self) -> None:
+        """To be called a few times per second: drops blocks that failed their digest and are held by nobody any more."""
+        if self._condemned:
+            self.inventory.evict(self._condemned)
+            found = self.inventory.find(list(self._condemned))
+            left = {key for key, block in zip(self._condemned, found, strict=True) if block is not None}
+            self.inventory.release([block for block in found if block is not None])
+            self._condemned = left
+
+    async def evict(self, keys: Sequence[BlockKey] | None) -> int:
+        """Drops blocks that nobody holds and nobody pinned, all of them for None. How many went."""
+        return self.inventory.evict([entry.key for entry in self.inventory.entries()] if keys is None else keys)
 
     def check_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:

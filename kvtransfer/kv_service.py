@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -10,12 +10,17 @@ import grpc
 from core.blocks import BlockKey, KvLayout
 from core.request import AttemptKey
 from core.wire import key_from_pb, layout_from_pb, layout_to_pb, record_to_pb, role_to_pb, source_to_pb
+from kvtransfer.directory import Tier
 from kvtransfer.exports import Exports
-from kvtransfer.kv_node import Held, NodeStat, TierStat
+from kvtransfer.holds import check_keys
+from kvtransfer.kv_node import Held, NodeEntry, NodeStat, TierStat, Verified
 from kvtransfer.rpc import abort
 from kvtransfer.service import KvServicer
 from tandem.errors import TandemError
 from tandem.v1 import kv_pb2
+
+ENTRIES_PER_MESSAGE = 1024
+_TIER = {Tier.DRAM: kv_pb2.TIER_DRAM, Tier.DISK: kv_pb2.TIER_DISK}
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -30,6 +35,12 @@ class Node(Protocol):
     def drop(self, holder: AttemptKey, epoch: int) -> bool: ...
 
     def stat(self) -> NodeStat: ...
+
+    def entries(self) -> list[NodeEntry]: ...
+
+    async def verify(self, keys: Sequence[BlockKey]) -> Verified: ...
+
+    async def evict(self, keys: Sequence[BlockKey] | None) -> int: ...
 
 
 class KvNodeServicer(KvServicer):
@@ -74,6 +85,41 @@ class KvNodeServicer(KvServicer):
             reply.layout.CopyFrom(layout_to_pb(stat.layout))
         return reply
 
+    async def List(self, request: kv_pb2.ListRequest, context: _Context) -> AsyncIterator[kv_pb2.ListReply]:
+        entries = self._node.entries()
+        if request.limit:
+            del entries[request.limit :]
+        for start in range(0, len(entries), ENTRIES_PER_MESSAGE):
+            yield kv_pb2.ListReply(entries=[_entry_to_pb(e) for e in entries[start : start + ENTRIES_PER_MESSAGE]])
+
+    async def Verify(self, request: kv_pb2.VerifyRequest, context: _Context) -> kv_pb2.VerifyReply:
+        try:
+            check_keys(request.keys)
+            verified = await self._node.verify(request.keys)
+        except TandemError as error:
+            await abort(context, error)
+        return kv_pb2.VerifyReply(checked=verified.checked, dropped=verified.dropped)
+
+    async def Evict(self, request: kv_pb2.EvictRequest, context: _Context) -> kv_pb2.EvictReply:
+        try:
+            check_keys(request.keys)
+            evicted = await self._node.evict(None if request.all else request.keys)
+        except TandemError as error:
+            await abort(context, error)
+        return kv_pb2.EvictReply(evicted=evicted)
+
+
+def _entry_to_pb(entry: NodeEntry) -> kv_pb2.BlockEntry:
+    return kv_pb2.BlockEntry(
+        key=entry.key,
+        tier=_TIER[entry.tier],
+        bytes=entry.block_bytes,
+        hits=entry.hits,
+        tenant=entry.tenant,
+        pinned=entry.pinned,
+        digest=entry.digest,
+    )
+
 
 def _tier_to_pb(stat: TierStat) -> kv_pb2.TierStat:
-    return kv_pb2.TierStat(**{**stat._asdict(), "tier": int(stat.tier)})
+    return kv_pb2.TierStat(**{**stat._asdict(), "tier": _TIER[stat.tier]})

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 
 from core.inventory import Inventory
+from core.samples import Samples as Samples
+from core.samples import counter as counter
+from core.samples import counters as counters
+from core.samples import gauge as gauge
+from core.samples import gauges as gauges
 from core.telemetry import histogram_family
 from worker.bridge import EngineThread
 from worker.links import RouterLinks
@@ -40,29 +45,3 @@ class WorkerMetrics:
         states = [((state,), getattr(counts, state)) for state in ("free", "cached", "active")]
         yield gauges("tandem_kv_blocks", "KV blocks by state.", ("state",), states)
         yield gauge("tandem_kv_leases", "Leases on KV blocks that are open.", self._inventory.leases_open())
-
-
-Samples = Iterable[tuple[tuple[str, ...], float]]
-"""Values by label values, in the order of the label names."""
-
-
-def gauge(name: str, help_text: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, help_text, value=value)
-
-
-def counter(name: str, help_text: str, value: float) -> Metric:
-    return CounterMetricFamily(name, help_text, value=value)
-
-
-def gauges(name: str, help_text: str, labels: tuple[str, ...], values: Samples) -> Metric:
-    family = GaugeMetricFamily(name, help_text, labels=labels)
-    for label_values, value in values:
-        family.add_metric(label_values, value)
-    return family
-
-
-def counters(name: str, help_text: str, labels: tuple[str, ...], values: Samples) -> Metric:
-    family = CounterMetricFamily(name, help_text, labels=labels)
-    for label_values, value in values:
-        family.add_metric(label_values, value)
-    return family
