@@ -57,17 +57,20 @@ class Ingests:
         self,
         puller: Puller,
         inventory: Inventory,
-        root_key: Callable[[bytes], BlockKey],
+        root_key: Callable[[bytes, str], BlockKey],
         config: EngineConfig,
         clock: Clock,
         *,
+        lossy: str = "",
         reservation_s: float = RESERVATION_S,
     ) -> None:
+        """`root_key` takes a tenant's salt and a lossy codec or nothing; `lossy`: the lossy codec that KV may come through."""
         self._puller = puller
         self._inventory = inventory
         self._root_key = root_key
         self._config = config
         self._clock = clock
+        self._lossy = lossy
         self._reservation_s = reservation_s
         self._outcome: Outcome | None = None
         self._reservations: dict[AttemptKey, Reservation] = {}
@@ -85,14 +88,20 @@ class Ingests:
         Raises OutOfBlocksError; all or nothing.
         """
         size = self._config.block_size
-        keys = block_keys(self._root_key(item.cache_salt), item.token_ids, size)
+        keys = block_keys(self._root_key(item.cache_salt, ""), item.token_ids, size)
+        salted_keys = block_keys(self._root_key(item.cache_salt, self._lossy), item.token_ids, size) if self._lossy else []
         found = self._inventory.match(keys) if self._config.prefix_cache else []
+        exact = len(found)
+        if salted_keys and self._config.prefix_cache:  # exact blocks as far as they reach, then what came lossy before
+            found += self._inventory.match(salted_keys[exact:])
+        salted = set(range(exact, len(found)))
         try:
             fresh = self._inventory.allocate(blocks_for(len(item.token_ids) + 1, size) - len(found))
         except TandemError:
             self._inventory.release(found)
             raise
-        plan = IngestPlan(keys, len(item.token_ids), found + fresh, frozenset(range(len(found))))
+        local = frozenset(range(len(found)))
+        plan = IngestPlan(keys, len(item.token_ids), found + fresh, local, self._lossy, salted_keys, salted)
         self._reservations[item.key] = Reservation(item, plan, self._clock.now() + self._reservation_s)
         return len(found) * size
 

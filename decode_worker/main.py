@@ -16,8 +16,8 @@ from decode_worker.role import DecodeRole
 from decode_worker.service import DecodeHandler
 from engine.output import StepOutput
 from kvtransfer.channels import Channels
-from kvtransfer.fetch import Fetcher
-from kvtransfer.plane import build_transports
+from kvtransfer.codec import LOSSY
+from kvtransfer.plane import build_fetcher
 from kvtransfer.puller import Puller
 from tandem.v1 import decode_pb2_grpc
 from worker.collectors import counters, gauge
@@ -33,8 +33,9 @@ class DecodeParts:
         spec, node, clock = base.spec, base.node, base.clock
         config = spec.config
         self._channels = Channels()
-        transports = build_transports(config.transfer, node.arena.bytes_view(), self._channels)
-        self._fetcher = Fetcher(transports, config.transfer.transport, clock, host_id=base.host_id)
+        self._fetcher = build_fetcher(
+            config.transfer, node.arena.bytes_view(), node.layout, self._channels, clock, base.host_id
+        )
         self._puller = Puller(
             node.layout,
             node.inventory,
@@ -44,8 +45,11 @@ class DecodeParts:
             clock,
             puller_id=spec.worker_id,
         )
-        self._ingests = Ingests(self._puller, node.inventory, node.root_key, config.engine, clock)
-        self.handler = DecodeHandler(base.engine, base.links, self._ingests, node.inventory, clock, config.engine.max_running)
+        lossy = config.transfer.codec if config.transfer.codec in LOSSY else ""
+        self._ingests = Ingests(self._puller, node.inventory, node.root_key, config.engine, clock, lossy=lossy)
+        self.handler = DecodeHandler(
+            base.engine, base.links, self._ingests, node.inventory, node.root_key, clock, config.engine.max_running
+        )
         self._ingests.bind(self.handler)
 
     def registrations(self, session: SessionServicer) -> list[Registration]:
@@ -80,6 +84,17 @@ class DecodeParts:
             ("failed", "next"),
             stats.fallbacks.items(),
         )
+        yield counters(
+            "tandem_kv_encoded_blocks_total",
+            "Blocks that crossed a network through a codec.",
+            ("transport", "codec"),
+            stats.encoded_blocks.items(),
+        )
+        yield counters(
+            "tandem_kv_encoded_bytes_total", "What crossed it of those.", ("transport", "codec"), stats.encoded_bytes.items()
+        )
+        damaged = [((codec,), count) for codec, count in stats.damaged.items()]
+        yield counters("tandem_kv_damaged_encodings_total", "Pulls repeated raw, by codec.", ("codec",), damaged)
         failures = [((code,), count) for code, count in self._puller.stats.failures.items()]
         yield counters("tandem_kv_transfer_failures_total", "Hand-offs that failed, by error code.", ("code",), failures)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from core.blocks import BlockKey
 from core.clock import Clock
 from core.errors import InvalidRequestError, OutOfBlocksError, TandemError
 from core.inventory import Inventory
@@ -43,13 +45,21 @@ class DecodeHandler:
     """Reserves, takes hand-offs in, computes whole requests. Used from the asyncio thread only."""
 
     def __init__(
-        self, engine: EngineThread, links: RouterLinks, ingests: Ingests, inventory: Inventory, clock: Clock, max_running: int
+        self,
+        engine: EngineThread,
+        links: RouterLinks,
+        ingests: Ingests,
+        inventory: Inventory,
+        root_key: Callable[[bytes, str], BlockKey],
+        clock: Clock,
+        max_running: int,
     ) -> None:
         self.transfers = TransferStats()
         self._engine = engine
         self._links = links
         self._ingests = ingests
         self._inventory = inventory
+        self._root_key = root_key
         self._clock = clock
         self._max_running = max_running
         self._landed: dict[AttemptKey, _Landed] = {}  # handed to the engine, not in the batch yet
@@ -102,9 +112,10 @@ class DecodeHandler:
             return
         self._landed[item.key] = _Landed(result, at)
         grown = replace(item, token_ids=item.token_ids + closing.generated)
+        root = self._root_key(item.cache_salt, result.codec) if result.codec else None
         try:
             self._engine.call(
-                partial(_submit_landed, grown, blocks, closing.num_tokens), partial(self._submitted, item.key, blocks)
+                partial(_submit_landed, grown, blocks, closing.num_tokens, root), partial(self._submitted, item.key, blocks)
             )
         except TandemError as error:
             self._submitted(item.key, blocks, error)
@@ -153,5 +164,7 @@ def _submit(item: WorkItem, loop: StepLoop, now: float) -> None:
     loop.submit(item, now)
 
 
-def _submit_landed(item: WorkItem, blocks: list[int], computed_len: int, loop: StepLoop, now: float) -> None:
-    loop.submit(item, now, blocks, computed_len)
+def _submit_landed(
+    item: WorkItem, blocks: list[int], computed_len: int, root: BlockKey | None, loop: StepLoop, now: float
+) -> None:
+    loop.submit(item, now, blocks, computed_len, root)

@@ -82,11 +82,20 @@ class StepLoop:
         self._left: list[AttemptKey] = []
         self._failed_steps = 0
 
-    def submit(self, item: WorkItem, now: float, blocks: Seq[int] | None = None, computed_len: int = 0) -> None:
+    def submit(
+        self,
+        item: WorkItem,
+        now: float,
+        blocks: Seq[int] | None = None,
+        computed_len: int = 0,
+        root: BlockKey | None = None,
+    ) -> None:
         """Takes a request in, to wait for memory and a place in the batch.
 
         With `blocks`, KV is handed in: one reference on each moves from the caller to the loop, in order of index; the
-        first `computed_len` tokens of the item have KV in them, and at least one token has not. Nothing is taken over
+        first `computed_len` tokens of the item have KV in them, and at least one token has not. `root`: the parent of the
+        item's keys when that KV is not what this model computes, as after a lossy codec; the full blocks handed in are
+        committed already then, and what is computed on top of them goes under keys of that chain. Nothing is taken over
         when this raises InvalidRequestError (it can never be served here) or OverloadedError (too many wait).
         """
         if item.key in self._sequences:
@@ -98,14 +107,17 @@ class StepLoop:
                 f"{len(self._scheduler.waiting)} requests wait here already; retry later, or raise engine.max_waiting",
                 retry_after_s=1.0,
             )
-        sequence = Sequence(self._arrivals, item, terms, self._root_key(item.cache_salt), now)
+        sequence = Sequence(self._arrivals, item, terms, root or self._root_key(item.cache_salt), now)
         if blocks is None:
             self._scheduler.waiting.append(sequence)
         else:
             assert computed_len <= len(blocks) * self._block_size, "KV is claimed for tokens that no block is given for"
             sequence.place(list(blocks), computed_len)
             sequence.reported = True
-            self._commit_full(sequence)
+            if root is None:
+                self._commit_full(sequence)
+            else:
+                sequence.committed_blocks = computed_len // self._block_size
             self._scheduler.ready.append(sequence)
         self._arrivals += 1
         self._sequences[item.key] = sequence

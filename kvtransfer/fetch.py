@@ -15,6 +15,9 @@ from core.clock import Clock
 from core.errors import DigestMismatchError, LayoutMismatchError, LeaseExpiredError, StaleEpochError, TransferError
 from core.request import AttemptKey
 from kvtransfer.choose import transport_order
+from kvtransfer.codec import RAW
+from kvtransfer.codec_chooser import CodecChooser
+from kvtransfer.encoding_error import EncodingError
 from kvtransfer.transport import PullResult, Transport
 
 log = logging.getLogger(__name__)
@@ -30,20 +33,33 @@ class FetchStats:
     blocks: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)  # (failed, tried next)
+    encoded_blocks: Counter[tuple[str, str]] = field(default_factory=Counter)  # by (transport, codec), raw ones left out
+    encoded_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)  # what crossed the link of them
+    damaged: Counter[str] = field(default_factory=Counter)  # pulls repeated raw, by codec
     digest_failures: int = 0
 
 
 class Fetcher:
     """One per process and arena. Any number of fetches at the same time.
 
-    `configured` is `transfer.transport`; `host_id` says whose shared memory can be mapped here.
+    `configured` is `transfer.transport`; `host_id` says whose shared memory can be mapped here. Without `codecs`
+    everything goes raw.
     """
 
-    def __init__(self, transports: Mapping[str, Transport], configured: str, clock: Clock, *, host_id: str) -> None:
+    def __init__(
+        self,
+        transports: Mapping[str, Transport],
+        configured: str,
+        clock: Clock,
+        *,
+        host_id: str,
+        codecs: CodecChooser | None = None,
+    ) -> None:
         self.stats = FetchStats()
         self.host_id = host_id
         self.transports = transports
         self._configured = configured
+        self._codecs = codecs
         self._clock = clock
         self._sources: dict[str, KvSource] = {}
         self._demoted: dict[tuple[str, int, str], float] = {}
@@ -72,9 +88,17 @@ class Fetcher:
             await self.fetch(source, key, (), ())
 
     async def fetch(
-        self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int]
+        self,
+        source: KvSource,
+        key: AttemptKey,
+        records: Sequence[BlockRecord],
+        dest_blocks: Sequence[int],
+        codec: str | None = None,
     ) -> PullResult:
         """Fills `dest_blocks` as `Transport.pull` does, by the best transport that works.
+
+        `codec`: what to ask for where there is a network between the ends, AUTO included; None: as configured here, but
+        always such that every bit is kept. The result says what the blocks went through.
 
         One that fails is tried last with this source for a while. Raises what the last one raised, and at once what is
         true over every transport: StaleEpochError, LeaseExpiredError, LayoutMismatchError.
@@ -82,7 +106,7 @@ class Fetcher:
         order = self.order(source)
         for name, following in zip(order, [*order[1:], None], strict=True):
             try:
-                result = await self.transports[name].pull(source, key, records, dest_blocks)
+                result = await self._pull(name, source, key, records, dest_blocks, codec)
             except (StaleEpochError, LeaseExpiredError, LayoutMismatchError):
                 raise
             except TransferError as error:
@@ -106,8 +130,37 @@ class Fetcher:
 
     async def close(self) -> None:
         """Closes the transports."""
+        if self._codecs is not None:
+            await self._codecs.close()
         for transport in self.transports.values():
             await transport.close()
+
+    async def _pull(
+        self,
+        name: str,
+        source: KvSource,
+        key: AttemptKey,
+        records: Sequence[BlockRecord],
+        dest_blocks: Sequence[int],
+        codec: str | None,
+    ) -> PullResult:
+        """By one transport. What a codec has spoilt is asked for once more, raw."""
+        transport, codecs = self.transports[name], self._codecs
+        if codecs is None:
+            return await transport.pull(source, key, records, dest_blocks)
+        wanted = codec or codecs.lossless
+        chosen = codecs.choose(source, name, wanted) if records else RAW
+        try:
+            result = await transport.pull(source, key, records, dest_blocks, chosen)
+        except (EncodingError, DigestMismatchError) as error:
+            if chosen == RAW:
+                raise
+            log.warning("blocks of %s came damaged as %s (%s); asking for them raw", source.worker_id, chosen, error.message)
+            self.stats.damaged[chosen] += 1
+            self.stats.digest_failures += isinstance(error, DigestMismatchError)
+            result = await transport.pull(source, key, records, dest_blocks)
+        codecs.observe(source, name, wanted, result, dest_blocks)
+        return result
 
     def _demote(self, source: KvSource, failed: str, following: str, error: TransferError) -> None:
         log.warning("%s failed with %s (%s); going on over %s", failed, source.worker_id, error.message, following)
@@ -121,3 +174,6 @@ class Fetcher:
         stats.bytes[name] += result.bytes
         stats.blocks[name] += num_blocks
         stats.seconds[name] = stats.seconds.get(name, 0.0) + result.seconds
+        if result.codec != RAW:
+            stats.encoded_blocks[name, result.codec] += num_blocks
+            stats.encoded_bytes[name, result.codec] += result.wire_bytes

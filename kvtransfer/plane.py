@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from core.blocks import KvLayout
+from core.clock import Clock
 from core.config import TransferConfig
 from core.errors import ConfigError
 from kvtransfer.arena import Arena, Blocks, HostArena
 from kvtransfer.channels import Channels
+from kvtransfer.codec_chooser import CodecChooser
+from kvtransfer.codecs import Codecs
 from kvtransfer.copier import Copier
 from kvtransfer.exports import Exports
+from kvtransfer.fetch import Fetcher
 from kvtransfer.grpc_transport import GrpcTransport
 from kvtransfer.loopback import PROCESS_HUB, LoopbackHub, LoopbackTransport
 from kvtransfer.shared_arena import SharedArena, remove_stale
@@ -50,9 +55,13 @@ def offered(arena: Arena, tcp_address: str = "") -> tuple[str, ...]:
 
 
 def build_transports(
-    config: TransferConfig, dest: Blocks, channels: Channels, hub: LoopbackHub = PROCESS_HUB
+    config: TransferConfig,
+    dest: Blocks,
+    channels: Channels,
+    hub: LoopbackHub = PROCESS_HUB,
+    codecs: Codecs | None = None,
 ) -> dict[str, Transport]:
-    """Everything this end can pull by, into `dest`, by name."""
+    """Everything this end can pull by, into `dest`, by name. Without `codecs` raw alone."""
     _check_built(config)
     copier = Copier(dest, digest=config.digest, timeout_s=config.pull_timeout_s)
     return {
@@ -64,9 +73,25 @@ def build_transports(
             timeout_s=config.pull_timeout_s,
             connections=config.tcp.connections,
             security=load_security(config.tcp),
+            codecs=codecs,
         ),
-        "grpc": GrpcTransport(dest, channels, digest=config.digest, timeout_s=config.pull_timeout_s),
+        "grpc": GrpcTransport(dest, channels, digest=config.digest, timeout_s=config.pull_timeout_s, codecs=codecs),
     }
+
+
+def build_fetcher(
+    config: TransferConfig,
+    dest: Blocks,
+    layout: KvLayout,
+    channels: Channels,
+    clock: Clock,
+    host_id: str,
+    hub: LoopbackHub = PROCESS_HUB,
+) -> Fetcher:
+    """All that pulls into `dest`, transports and codecs included. Whoever has it closes it, then the channels."""
+    codecs = Codecs(layout)
+    transports = build_transports(config, dest, channels, hub, codecs)
+    return Fetcher(transports, config.transport, clock, host_id=host_id, codecs=CodecChooser(config.codec, codecs, dest))
 
 
 def _check_built(config: TransferConfig) -> None:

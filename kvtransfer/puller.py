@@ -13,7 +13,7 @@ from core.config import TransferConfig
 from core.errors import LayoutMismatchError, TransferError
 from core.inventory import Inventory
 from kvtransfer.channels import Channels
-from kvtransfer.codec import check_codec
+from kvtransfer.codec import LOSSY, agreed, check_codec
 from kvtransfer.fetch import Fetcher
 from kvtransfer.following import Following, SourceGoneError
 from kvtransfer.handoff import Ingest
@@ -35,6 +35,12 @@ class IngestPlan:
     blocks: list[int]
     local: frozenset[int] = frozenset()
     """Places whose blocks hold their KV already."""
+    lossy: str = ""
+    """The lossy codec the caller puts up with."""
+    salted_keys: Sequence[BlockKey] = ()
+    """The full blocks' keys in the chain of that codec: what comes through it is committed under these."""
+    salted: set[int] = field(default_factory=set)
+    """Places whose KV is not exact, those found so beforehand and those that came so; kept up to date like `blocks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,8 @@ class IngestResult:
     """From the closing record's arrival to the last block's."""
     transport: str
     """That of the last block; empty when nothing had to be moved."""
+    codec: str = ""
+    """The lossy codec that some of the blocks, those found locally included, have gone through; empty: all are exact."""
 
 
 @dataclass(slots=True)
@@ -151,6 +159,7 @@ class _Handoff:
         self._puller = puller
         self._ticket = ticket
         self._plan = plan
+        self._codec = agreed(ticket.codec, plan.lossy)
         self._ingest = Ingest(plan.keys, plan.num_tokens, puller.layout.block_size, plan.local)
         self._news = asyncio.Event()
         self._bytes = 0
@@ -180,7 +189,8 @@ class _Handoff:
         closing = self._ingest.closing
         assert closing is not None
         exposed_s = max(0.0, self._landed_at - self._closed_at) if self._landed_at else 0.0
-        return IngestResult(closing, self._bytes, self._transfer_s, exposed_s, self._transport)
+        codec = self._plan.lossy if self._plan.salted else ""
+        return IngestResult(closing, self._bytes, self._transfer_s, exposed_s, self._transport, codec)
 
     async def _open(self) -> None:
         """Maps or dials while prefill still computes, so that the first blocks do not wait for it."""
@@ -191,12 +201,16 @@ class _Handoff:
         plan, inventory = self._plan, self._puller.inventory
         dest_blocks = [plan.blocks[record.index] for record in records]
         try:
-            result = await self._puller.fetcher.fetch(self._ticket.source, self._ticket.key, records, dest_blocks)
+            result = await self._puller.fetcher.fetch(self._ticket.source, self._ticket.key, records, dest_blocks, self._codec)
         except BlocksGoneError as gone:
             self._ingest.returned(records, frozenset(gone.indices) or frozenset(r.index for r in records))
             return
         for record, block in zip(records, dest_blocks, strict=True):
-            if record.key:
+            if result.codec in LOSSY:  # another block than the announced one: never under its key, never with its digest
+                plan.salted.add(record.index)
+                if record.key:
+                    plan.blocks[record.index] = inventory.commit(block, plan.salted_keys[record.index])
+            elif record.key:
                 plan.blocks[record.index] = inventory.commit(block, record.key, record.digest)
             self._ingest.landed(record.index)
         self._landed_at = self._puller.clock.now()

@@ -32,11 +32,11 @@ class PrefillParts:
         spec, node = base.spec, base.node
         config = spec.config.transfer
         self._base = base
-        self._exports = Exports(spec.epoch, node.arena, node.inventory, base.clock, digest=config.digest)
+        self._exports = Exports(spec.epoch, node.arena, node.inventory, base.clock, digest=config.digest, layout=node.layout)
         self._publisher = Publisher(base.engine, base.links, self._exports)
         self._exports.on_end = self._publisher.on_export_ended
         self.handler = PrefillHandler(
-            base.engine, base.links, self._exports, self._publisher, self._source, node.layout, config.lease_s
+            base.engine, base.links, self._exports, self._publisher, self._source, node.layout, config.lease_s, config.codec
         )
         self._tcp = open_tcp(config, self._exports, spec.listen)
         PROCESS_HUB.register(spec.worker_id, spec.epoch, node.arena)

@@ -28,6 +28,7 @@ class PrefillHandler:
         source: Callable[[], KvSource],
         layout: KvLayout,
         lease_s: float,
+        codec: str,
     ) -> None:
         self._engine = engine
         self._links = links
@@ -36,6 +37,7 @@ class PrefillHandler:
         self._source = source
         self._layout = layout
         self._lease_s = lease_s
+        self._codec = codec
 
     def open(self, command: Opening) -> None:
         if not isinstance(command, StartPrefill):
@@ -56,7 +58,7 @@ class PrefillHandler:
     def _admitted(self, key: AttemptKey, error: TandemError | None) -> None:
         """The engine took it (its first step may be running already) or refused it."""
         if error is None:
-            self._links.send(Opened(key, KvTicket(key, self._layout, self._source(), self._lease_s)))
+            self._links.send(Opened(key, KvTicket(key, self._layout, self._source(), self._lease_s, self._codec)))
             return
         self._links.fail(key, error)
         self.cancel(key)

@@ -36,8 +36,9 @@ class Node:
     executor: Executor
     facts: ModelFacts
 
-    def root_key(self, cache_salt: bytes) -> BlockKey:
-        return root_key(self.layout.fingerprint, cache_salt)
+    def root_key(self, cache_salt: bytes, codec: str = "") -> BlockKey:
+        """`codec`: the lossy one that some of the KV has gone through."""
+        return root_key(self.layout.fingerprint, cache_salt, codec)
 
     def close(self) -> None:
         """Removes the shared-memory file; the memory goes with its last view."""

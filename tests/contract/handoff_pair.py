@@ -21,7 +21,7 @@ from kvtransfer.channels import Channels
 from kvtransfer.exports import Exports
 from kvtransfer.fetch import Fetcher
 from kvtransfer.loopback import LoopbackHub
-from kvtransfer.plane import build_transports, offered
+from kvtransfer.plane import build_fetcher, offered
 from kvtransfer.puller import IngestPlan, Puller
 from kvtransfer.service import KvServicer
 from kvtransfer.shared_arena import SharedArena
@@ -119,7 +119,7 @@ async def source_end(lease_s: float = 10.0, shm_dir: str = "") -> AsyncIterator[
     shape = (NUM_BLOCKS, LAYOUT.block_bytes)
     arena = SharedArena(shm_dir, "prefill-0", EPOCH, *shape) if shm_dir else HostArena(*shape)
     inventory = Inventory(NUM_BLOCKS, arena.generation_words())
-    exports = Exports(EPOCH, arena, inventory, SystemClock())
+    exports = Exports(EPOCH, arena, inventory, SystemClock(), layout=LAYOUT)
     servicer = Registration("tandem.v1.Kv", add_KvServicer_to_server, KvServicer(exports))
     async with serve("127.0.0.1:0", servicer, grace_s=0.0) as server:
         sweeping = asyncio.create_task(_sweep(exports), name="sweep")
@@ -141,9 +141,8 @@ async def destination_end(hub: LoopbackHub | None = None, **config: object) -> A
     arena = HostArena(NUM_BLOCKS, LAYOUT.block_bytes)
     inventory = Inventory(NUM_BLOCKS, arena.generation_words())
     channels = Channels()
-    transports = build_transports(settings, arena.bytes_view(), channels, hub or LoopbackHub())
-    clock = SystemClock()
-    fetcher = Fetcher(transports, settings.transport, clock, host_id=host_id(settings.shm_dir))
+    clock, here = SystemClock(), host_id(settings.shm_dir)
+    fetcher = build_fetcher(settings, arena.bytes_view(), LAYOUT, channels, clock, here, hub or LoopbackHub())
     puller = Puller(LAYOUT, inventory, fetcher, channels, settings, clock, puller_id="decode-0")
     yield Destination(arena, inventory, puller, fetcher)
     await puller.close()
