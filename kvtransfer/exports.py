@@ -50,10 +50,9 @@ class Exports:
         clock: Clock,
         *,
         digest: bool = True,
-        block_size: int = 0,
         layout: KvLayout | None = None,
     ) -> None:
-        """`block_size`: tokens of a full block, for the records of holds. `layout`: for codecs; without it raw alone."""
+        """`layout`: for holds, whose records name the tokens of a block, and for codecs; without it there is raw alone."""
         self.epoch = epoch
         self.arena = arena
         self.codecs = Codecs(layout)
@@ -68,7 +67,7 @@ class Exports:
         self._inventory = inventory
         self._clock = clock
         self._digest = digest
-        self._block_size = block_size
+        self._block_size = layout.block_size if layout is not None else 0
         self._holders: set[AttemptKey] = set()
         self._exports: dict[AttemptKey, Export] = {}
         self._attempts: dict[str, int] = {}

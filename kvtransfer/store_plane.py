@@ -23,7 +23,7 @@ from kvtransfer.exports import Exports
 from kvtransfer.fetch import Fetcher
 from kvtransfer.kv_node import KvNode
 from kvtransfer.loopback import PROCESS_HUB
-from kvtransfer.plane import build_transports, offered, open_arena, open_tcp
+from kvtransfer.plane import build_fetcher, offered, open_arena, open_tcp
 from kvtransfer.shared_arena import remove_stale
 from kvtransfer.store_disk import StoreDisk
 
@@ -97,19 +97,18 @@ async def open_plane(
         )
         disk = await StoreDisk.open(config.store, disk_directory(spec), layout, arena, inventory)
         stack.push_async_callback(disk.close)
-        exports = Exports(spec.epoch, arena, inventory, clock, digest=config.transfer.digest, block_size=layout.block_size)
+        exports = Exports(spec.epoch, arena, inventory, clock, digest=config.transfer.digest, layout=layout)
         stack.push_async_callback(exports.close)
-        fetcher = _fetcher(config, arena, clock, host_id, stack)
+        fetcher = _fetcher(config, layout, arena, clock, host_id, stack)
         source = _reachable(spec, arena, exports, host_id, grpc_address, stack)
         node = KvNode(exports, inventory, layout, source, WorkerRole.STORE, config.store.policy)
         return StorePlane(layout, arena, inventory, exports, fetcher, disk, node, stack.pop_all())
 
 
-def _fetcher(config: Config, arena: Arena, clock: Clock, host_id: str, stack: AsyncExitStack) -> Fetcher:
+def _fetcher(config: Config, layout: KvLayout, arena: Arena, clock: Clock, host_id: str, stack: AsyncExitStack) -> Fetcher:
     channels = Channels()
     stack.push_async_callback(channels.close)
-    transports = build_transports(config.transfer, arena.bytes_view(), channels)
-    fetcher = Fetcher(transports, config.transfer.transport, clock, host_id=host_id)
+    fetcher = build_fetcher(config.transfer, arena.bytes_view(), layout, channels, clock, host_id)
     stack.push_async_callback(fetcher.close)
     return fetcher
 

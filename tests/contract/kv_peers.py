@@ -125,7 +125,7 @@ async def peer(
     config = TransferConfig(transport=transport, shm_dir=str(shm_dir))
     arena = open_arena(config, name, epoch, NUM_BLOCKS, layout.block_bytes)
     inventory = Inventory(NUM_BLOCKS, arena.generation_words())
-    exports = Exports(epoch, arena, inventory, SystemClock(), block_size=layout.block_size)
+    exports = Exports(epoch, arena, inventory, SystemClock(), layout=layout)
     tcp = open_tcp(config, exports, "127.0.0.1:0")
     address = tcp.address if tcp else ""
     node = WatchedNode(exports, inventory, layout, lambda: here, role)

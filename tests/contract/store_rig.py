@@ -81,7 +81,7 @@ async def worker_end(
     config = TransferConfig.model_validate({"shm_dir": str(shm_dir), **transfer})
     arena = open_arena(config, name, WORKER_EPOCH, blocks, layout.block_bytes)
     inventory = Inventory(blocks, arena.generation_words())
-    exports = Exports(WORKER_EPOCH, arena, inventory, SystemClock(), block_size=layout.block_size)
+    exports = Exports(WORKER_EPOCH, arena, inventory, SystemClock(), layout=layout)
     servicer = Registration("tandem.v1.Kv", kv_pb2_grpc.add_KvServicer_to_server, KvServicer(exports))
     async with serve("127.0.0.1:0", servicer, grace_s=0.0) as server:
         source = KvSource(name, WORKER_EPOCH, server.address, host_id(str(shm_dir)), arena.path, blocks, offered(arena))

@@ -61,7 +61,7 @@ async def world(arena=None, digest=True, source=None):
     clock = ManualClock(100.0)
     arena = arena or HostArena(16, LAYOUT.block_bytes)
     inventory = Inventory(16, arena.generation_words())
-    exports = Exports(EPOCH, arena, inventory, clock, digest=digest, block_size=LAYOUT.block_size)
+    exports = Exports(EPOCH, arena, inventory, clock, digest=digest, layout=LAYOUT)
     here = source or KvSource("store-0", EPOCH, "")
     yield World(clock, arena, inventory, exports, KvNode(exports, inventory, LAYOUT, lambda: here, WorkerRole.STORE))
     await exports.close()
