@@ -73,6 +73,8 @@ class TransferConfig(_Branch):
     """How blocks are encoded on network links (tcp, grpc). `auto` picks the quickest that keeps every bit; `int8` does not."""
     shm_dir: str = "/dev/shm"
     tcp: TcpConfig = TcpConfig()
+    collective: Literal["auto", "gloo", "nccl"] = "auto"
+    """What the collective transport's groups are made of. `auto`: nccl where there is a GPU, gloo elsewhere."""
 
 
 class StoreConfig(_Branch):

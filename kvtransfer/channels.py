@@ -30,13 +30,19 @@ class Channels:
 
     def stub(self, source: KvSource) -> kv_pb2_grpc.KvStub:
         """The Kv service of `source`, dialled on first use. Channels to other incarnations at its address are closed."""
+        return kv_pb2_grpc.KvStub(self._channel(source))  # type: ignore[no-untyped-call]
+
+    def collective(self, source: KvSource) -> kv_pb2_grpc.KvCollectiveStub:
+        return kv_pb2_grpc.KvCollectiveStub(self._channel(source))  # type: ignore[no-untyped-call]
+
+    def _channel(self, source: KvSource) -> grpc.aio.Channel:
         place = (source.grpc_address, source.epoch)
         channel = self._channels.get(place)
         if channel is None:
             for stale in [known for known in self._channels if known[0] == source.grpc_address]:
                 self._drop(stale)
             channel = self._channels[place] = grpc.aio.insecure_channel(source.grpc_address, options=_OPTIONS)
-        return kv_pb2_grpc.KvStub(channel)  # type: ignore[no-untyped-call]
+        return channel
 
     def forget(self, source: KvSource) -> None:
         """Closes the channel to an incarnation that is gone; calls on it fail."""

@@ -84,7 +84,7 @@ class Fetcher:
 
     async def open(self, source: KvSource, key: AttemptKey) -> None:
         """Maps or dials ahead of the first fetch, where that takes a while."""
-        if self.order(source)[0] in ("shm", "tcp"):
+        if self.order(source)[0] in ("shm", "tcp", "collective"):
             await self.fetch(source, key, (), ())
 
     async def fetch(

@@ -44,9 +44,14 @@ def transfer_error(error: grpc.aio.AioRpcError, peer: str) -> TransferError:
     return kind(f"{peer}: {error.details() or error.code().name}")
 
 
+def is_refusal(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the peer itself said no, as opposed to a call that failed on its way."""
+    return CODE_METADATA in _metadata(error)
+
+
 def is_transient(error: grpc.aio.AioRpcError) -> bool:
     """Whether the call failed on its way, so that asking the same peer again may help."""
-    return CODE_METADATA not in _metadata(error) and error.code() in _TRANSIENT
+    return not is_refusal(error) and error.code() in _TRANSIENT
 
 
 def _metadata(error: grpc.aio.AioRpcError) -> dict[str, str]:

@@ -62,19 +62,23 @@ class SharedArena(Arena):
 
 
 class MappedArena:
-    """Another process's SharedArena, seen read-only. Unmapped when the last view of it is gone."""
+    """Another process's SharedArena. Unmapped when the last view of it is gone.
 
-    def __init__(self, path: str, epoch: int, directory: str) -> None:
+    Seen read-only, but for the helper process of a worker, which fills the worker's own blocks.
+    """
+
+    def __init__(self, path: str, epoch: int, directory: str, *, writable: bool = False) -> None:
         """Raises TransferError when `path` is gone or no arena of ours in `directory`, StaleEpochError for another epoch.
 
         The path comes from a peer: only regular files of our own user, straight inside `directory`, are mapped.
         """
         if os.path.dirname(path) != directory.rstrip("/") or not os.path.basename(path).startswith(PREFIX):
             raise TransferError(f"{path} is not an arena in {directory}; set transfer.shm_dir alike on all workers")
-        fd = _open_own(path)
+        fd = _open_own(path, os.O_RDWR if writable else os.O_RDONLY)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         try:
             num_blocks, block_bytes, total = _read_header(fd, path, epoch)
-            memory = mmap.mmap(fd, total, mmap.MAP_SHARED | _MAP_POPULATE, mmap.PROT_READ)
+            memory = mmap.mmap(fd, total, mmap.MAP_SHARED | _MAP_POPULATE, protection)
         except OSError as error:
             raise TransferError(f"cannot map {path}: {error.strerror}") from None
         finally:
@@ -161,9 +165,9 @@ def _allocate(fd: int, path: str, total: int) -> None:
         ) from None
 
 
-def _open_own(path: str) -> int:
+def _open_own(path: str, mode: int) -> int:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, mode | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise TransferError(f"cannot open the arena {path}: {error.strerror}; its owner is gone or elsewhere") from None
     if not _is_ours(fd):

@@ -13,7 +13,7 @@ from core.config import TransferConfig
 from core.errors import ConfigError, StaleEpochError, TransferError
 from core.inventory import Inventory
 from kvtransfer.arena import HostArena, host_id
-from kvtransfer.plane import build_transports, offered, open_arena
+from kvtransfer.plane import offered, open_arena
 from kvtransfer.shared_arena import MappedArena, SharedArena, remove_stale
 
 OWNER = """
@@ -171,20 +171,13 @@ def test_an_empty_arena_is_refused(make, directory):
 
 
 @pytest.mark.parametrize(
-    ("transport", "shared"), [("auto", True), ("shm", True), ("tcp", False), ("grpc", False), ("loopback", False)]
+    ("transport", "shared"),
+    [("auto", True), ("shm", True), ("collective", True), ("tcp", False), ("grpc", False), ("loopback", False)],
 )
 def test_memory_is_shared_when_the_transport_may_want_it(transport, shared, directory):
     arena = open_arena(TransferConfig(transport=transport, shm_dir=directory), "w", 1, 4, 64)
     assert bool(arena.path) == shared == ("shm" in offered(arena))
     arena.close()
-
-
-def test_a_transport_of_a_later_version_is_refused(directory):
-    config = TransferConfig(transport="collective", shm_dir=directory)
-    with pytest.raises(ConfigError, match=r"transfer\.transport: collective is not built yet"):
-        open_arena(config, "w", 1, 4, 64)
-    with pytest.raises(ConfigError, match="collective"):
-        build_transports(config, np.zeros((1, 1), np.uint8), None)
 
 
 def test_host_ids_tell_file_systems_apart(tmp_path):
