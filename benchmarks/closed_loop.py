@@ -7,7 +7,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -50,6 +50,12 @@ class Outcome:
         return self.tokens / self.wall_s
 
 
+def together(outcomes: Sequence[Outcome]) -> Outcome:
+    """Several turns of one server as one."""
+    records = [record for outcome in outcomes for record in outcome.records]
+    return Outcome(sum(o.wall_s for o in outcomes), sum(o.tokens for o in outcomes), records)
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     requests: int
@@ -67,7 +73,10 @@ Prepare = Callable[[httpx.AsyncClient, dict[str, Any], int], Awaitable[dict[str,
 
 
 async def run(url: str, load: Load, model: str, prepare: Prepare | None = None) -> Outcome:
-    """Sends the load to `url`; `prepare` may do a first leg elsewhere and returns the body to stream (its time counts)."""
+    """Sends the load to `url`; `prepare` may do a first leg elsewhere and returns the body to stream (its time counts).
+
+    Raises RuntimeError for an answer that is an error, and what httpx raises.
+    """
     queue = list(enumerate(load.prompts()))
     records: list[Record] = []
     limits = httpx.Limits(max_connections=load.concurrency * 2)
@@ -79,9 +88,12 @@ async def run(url: str, load: Load, model: str, prepare: Prepare | None = None) 
                 records.append(await _stream(client, url, _body(model, prompt, load.output_tokens), index, prepare))
 
         started = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for _ in range(load.concurrency):
-                group.create_task(worker())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(load.concurrency):
+                    group.create_task(worker())
+        except ExceptionGroup as failed:  # the first says why, the others follow from it
+            raise failed.exceptions[0] from None
         wall_s = time.perf_counter() - started
     return Outcome(wall_s, load.requests * load.output_tokens, records)
 
@@ -108,5 +120,7 @@ async def _stream(client: httpx.AsyncClient, url: str, body: dict[str, Any], ind
         async for line in response.aiter_lines():
             if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
                 times.append(time.perf_counter())  # noqa: PERF401  when it came, not when the stream ended
+    if len(times) < 2:
+        raise RuntimeError(f"{url} streamed {len(times)} tokens of {body['max_tokens']}")
     gaps = [after - before for before, after in itertools.pairwise(times)]
     return Record(times[0] - started, gaps, times[-1] - started)

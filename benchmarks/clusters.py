@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.peers import python_of
 
 READY_TIMEOUT_S = 180.0
+VLLM_TIMEOUT_S = 200.0
 STOP_TIMEOUT_S = 30.0
 
 
@@ -47,13 +48,38 @@ def tandem(*flags: str, config: str = "") -> Iterator[Tandem]:
             yield Tandem(found[1], found[2], process.pid, time.perf_counter() - started)
 
 
+@dataclass(frozen=True, slots=True)
+class Vllm:
+    """A vLLM server that was started; it answers once `wait` returned."""
+
+    url: str
+    _process: subprocess.Popen[bytes]
+    _log: Path
+
+    def wait(self) -> None:
+        """Until it answers. Raises RuntimeError with what it said last when it ends or takes longer than VLLM_TIMEOUT_S."""
+        if not _answers(f"{self.url}/health", self._process):
+            code = self._process.poll()
+            what = f"did not answer within {VLLM_TIMEOUT_S:g} s" if code is None else f"ended with status {code}"
+            raise RuntimeError(f"vllm {what}; {self.last_words()}")
+
+    def last_words(self) -> str:
+        """Of its log: the last line that names an error, or the last line."""
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        named = [line for line in lines if re.search(r"\bERROR\b|Error:", line)]
+        return f"its log ends: {(named or lines or ['(empty)'])[-1][-300:]}"
+
+
 @contextmanager
-def vllm(model: Path, *flags: str, cores: str = "auto", port: int = 0, env: dict[str, str] | None = None) -> Iterator[str]:
-    """One vLLM CPU server; yields its base URL. `cores` binds its threads. Raises RuntimeError when it is not installed."""
+def vllm(model: Path, dtype: str, *flags: str, cores: str = "auto", env: dict[str, str] | None = None) -> Iterator[Vllm]:
+    """Starts one vLLM CPU server and does not wait for it: importing it takes half a minute of a core, so several start at
+    once. `cores` binds its threads. Eager: compiling takes half a minute more and makes it a tenth faster.
+    Raises RuntimeError when it is not installed.
+    """
     python = python_of("vllm")
     if python is None:
         raise RuntimeError("the peer vllm is not installed: make peers")
-    port = port or free_port()
+    port = free_port()
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_HOST_IP": "127.0.0.1",
@@ -63,14 +89,11 @@ def vllm(model: Path, *flags: str, cores: str = "auto", port: int = 0, env: dict
         **(env or {}),
     }
     command = [str(python.with_name("vllm")), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "bfloat16", "--max-model-len", "2048", "--served-model-name", "m", "--enforce-eager", *flags]
+    command += ["--dtype", dtype, "--max-model-len", "2048", "--served-model-name", "m", "--enforce-eager", *flags]
     with TemporaryDirectory() as folder, (Path(folder) / "log").open("wb") as log:
         quiet = {"stdout": log, "stderr": subprocess.STDOUT}
         with _process(command, env={**os.environ, **settings}, cwd=folder, **quiet) as process:
-            url = f"http://127.0.0.1:{port}"
-            if not _answers(f"{url}/health", process):
-                raise RuntimeError(f"vllm did not start: {(Path(folder) / 'log').read_text()[-3000:]}")
-            yield url
+            yield Vllm(f"http://127.0.0.1:{port}", process, Path(folder) / "log")
 
 
 def free_port() -> int:
@@ -81,18 +104,21 @@ def free_port() -> int:
 
 @contextmanager
 def _process(command: list[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in a session of its own, asked to stop at the end and killed with its children when it does not."""
+    """A child in a session of its own, asked to stop at the end; whoever of its family outlives it is killed."""
     process = subprocess.Popen(command, start_new_session=True, **options)  # type: ignore[call-overload]
     try:
         yield process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        finally:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
 
 def _first_line(process: subprocess.Popen[bytes]) -> str:
@@ -105,7 +131,7 @@ def _first_line(process: subprocess.Popen[bytes]) -> str:
 
 
 def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
-    deadline = time.monotonic() + READY_TIMEOUT_S
+    deadline = time.monotonic() + VLLM_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(url, timeout=1):

