@@ -1,105 +1,120 @@
 """A node's one table of blocks: who holds them, which are findable by key, which may be evicted.
 
-Deciding code: no clock and no memory of KV here, only numbers. Engine, puller and exports of a worker share one
-Inventory; every change is serialised by one lock and costs time in proportion to the blocks named, not to the table.
+Deciding code: no clock of its own and no memory of KV here, only numbers. Engine, puller and exports of a worker share
+one Inventory; every change is serialised by one lock and costs time in proportion to the blocks named, not to the table.
 
 A block is in exactly one state:
 
-    free ── allocate ──▶ active, uncommitted ── commit ──▶ active, committed ◀── match, retain, lease ── cached
-     ▲                         │ last release                    │ last release                           ▲ │
-     └─────────────────────────┘                                 └────────────────────────────────────────┘ │
-     └── evicted, oldest first, when `allocate` finds nothing free ◀────────────────────────────────────────┘
+    free ── allocate ──▶ active, uncommitted ── commit ──▶ active, committed ◀── match, find, retain, lease ── cached
+     ▲                         │ last release                    │ last release                                 ▲ │
+     └─────────────────────────┘                                 └──────────────────────────────────────────────┘ │
+     └── evicted, in the order of the policy, when `allocate` finds nothing free ◀────────────────────────────────┘
 
-A reference is anonymous: whoever took it releases it. A lease is a bag of references with a holder and an end.
+What the papers call begin → commit | revoke is allocate → commit | release here: an uncommitted block is findable by
+nobody, and releasing it takes it back. A reference is anonymous: whoever took it releases it. A lease is a bag of
+references with a holder and an end. A pin is no reference: a pinned block that nobody holds stays, and counts as active.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, MutableSequence, Sequence
-from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from threading import Lock
-from typing import NamedTuple
 
 from core.blocks import KEY_BYTES, BlockKey
 from core.errors import OutOfBlocksError
+from core.inventory_changes import Changes
+from core.inventory_table import BlockCounts, BlockTable, Entry, Evictions, Victim
 from core.request import AttemptKey
 
+__all__ = ["BlockCounts", "Changes", "Entry", "Evictions", "Inventory", "Victim"]
 
-class BlockCounts(NamedTuple):
-    """Blocks by state; `free + cached + active == total`. Free and cached ones can be allocated."""
-
-    total: int
-    free: int
-    cached: int
-    active: int
+_PINNED_PART = 0.5
 
 
-@dataclass(slots=True, eq=False)
-class _Lease:
-    until: float
-    blocks: list[int] = field(default_factory=list)
-    ended: bool = False
-
-
-class Inventory:
-    """Allocation, references, keys, leases and eviction of `num_blocks` blocks.
+class Inventory(BlockTable):
+    """Allocation, references, keys, leases, pins and eviction of `num_blocks` blocks.
 
     `generations` is where the generation words live, one per block; a shared-memory arena passes its own so that readers
     in other processes can check them before and after a copy. A word changes before a block's next owner can write to it
     and never while the block is held or cached, so a record (block, generation) names the same bytes as long as the word
     is unchanged. Misuse (releasing what is not held, committing twice under two keys) is an AssertionError.
+
+    `policy` names an order of eviction of `core.eviction`; raises ConfigError when there is none of that name.
+    `tenant_share` is the part of all blocks beyond which a tenant's committed ones are evicted before anybody else's.
+    `clock` tells seconds, for the ages of evicted blocks alone.
     """
 
-    def __init__(self, num_blocks: int, generations: MutableSequence[int] | None = None) -> None:
-        assert num_blocks > 0, "an inventory needs at least one block"
-        assert generations is None or len(generations) >= num_blocks, "one generation word per block"
+    def __init__(
+        self,
+        num_blocks: int,
+        generations: MutableSequence[int] | None = None,
+        *,
+        policy: str = "lru",
+        tenant_share: float = 1.0,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        super().__init__(num_blocks, generations, policy, tenant_share, clock)
         self._lock = Lock()
-        self._total = num_blocks
-        self._shared = generations
-        # Ours is the truth; what others can map is only ever written.
-        self._generation = [0] * num_blocks if generations is None else [int(generations[b]) for b in range(num_blocks)]
-        self._refs = [0] * num_blocks
-        self._key: list[BlockKey | None] = [None] * num_blocks
-        self._digest = [0] * num_blocks
-        self._by_key: dict[BlockKey, int] = {}
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
-        self._leases: dict[AttemptKey, _Lease] = {}
-        self._ends: list[tuple[float, int, AttemptKey, _Lease]] = []  # heap; a renewed lease is put back when it comes up
-        self._ends_pushed = 0
 
-    def allocate(self, count: int) -> list[int]:
+    def allocate(self, count: int, *, tenant: bytes | None = None) -> list[int]:
         """`count` blocks of undefined content, one reference each for the caller. All or nothing.
 
-        Raises OutOfBlocksError when fewer are free or evictable.
+        A `tenant` for whom they are does not push out others when they take it beyond its share: what must be evicted
+        is its own, as far as it has something idle. Raises OutOfBlocksError when fewer are free or evictable.
         """
         with self._lock:
-            if count > len(self._free) + len(self._cached):
+            free = self._free
+            if count > len(free) + len(self._idle):
                 raise OutOfBlocksError(
-                    f"{count} KV blocks are needed and {len(self._free) + len(self._cached)} of {self._total} can be had; "
+                    f"{count} KV blocks are needed and {len(free) + len(self._idle)} of {self._total} can be had; "
                     "retry later, or raise engine.kv_bytes"
                 )
-            return [self._hand_out() for _ in range(count)]
+            refs, digest, generation, words = self._refs, self._digest, self._generation, self._words
+            blocks: list[int] = []
+            for n in range(1, count + 1):
+                if free:
+                    block = free.pop()
+                else:
+                    own = self._shares if tenant is not None else None
+                    block, since = self._idle.pop() if own is None else own.pop_for(tenant or b"", n)
+                    self._leave(block, since)
+                    self.evictions.for_space += 1
+                generation[block] += 1  # before the new owner can write
+                if words is not None:
+                    words[block] = generation[block]
+                refs[block] = 1
+                digest[block] = 0
+                blocks.append(block)
+            return blocks
 
-    def commit(self, block: int, key: BlockKey, digest: int = 0) -> int:
+    def commit(self, block: int, key: BlockKey, digest: int = 0, *, tenant: bytes = b"", cost_s: float = 0.0) -> int:
         """Makes a held block findable under `key`; its content must be final. Returns the block to use from now on.
 
         When the key is already resident the caller's reference moves to that block and `block` loses it. Committing a
-        block again under its own key changes nothing.
+        block again under its own key changes nothing. `tenant` is whom the block is charged to; the first who commits a
+        key is. `cost_s` is what computing the block again takes, known to the policy `cost` alone; 0: not known, goes first.
         """
         assert len(key) == KEY_BYTES, "only full blocks have keys"
         with self._lock:
             assert self._refs[block] > 0, f"block {block} is committed by nobody who holds it"
-            assert self._key[block] in (None, key), f"block {block} is committed under another key"
+            had = self._key[block]
+            assert had is None or had == key, f"block {block} is committed under another key"
             resident = self._by_key.get(key)
-            if resident is not None and resident != block:
+            if resident is None:
+                self._key[block] = key
+                self._by_key[key] = block
+                self._tenant[block] = tenant
+                self._cost_s[block] = cost_s
+                if self._shares is not None:
+                    self._shares.charge(tenant, 1)
+                if self._log.followed:
+                    self._log.came(key)
+            elif resident != block:
                 self._take(resident)
-                self._drop(block)
+                self._hits[resident] += 1
+                self._looked_at.pop(resident, None)
+                self._release((block,))
                 return resident
-            self._key[block] = key
-            self._by_key[key] = block
             if digest:
                 self._digest[block] = digest
             return block
@@ -108,13 +123,30 @@ class Inventory:
         """The blocks of the longest resident prefix of `keys`, a reference taken on each for the caller."""
         found: list[int] = []
         with self._lock:
+            by_key, refs, hits, pinned, wake = self._by_key, self._refs, self._hits, self._pinned, self._idle.remove
             for key in keys:
-                block = self._by_key.get(key)
+                block = by_key.get(key)
                 if block is None:
                     break
-                self._take(block)
+                if not refs[block] and block not in pinned:
+                    wake(block)
+                refs[block] += 1
+                hits[block] += 1
                 found.append(block)
+            if self._looked_at:
+                self._used(found)
         return found
+
+    def find(self, keys: Sequence[BlockKey]) -> list[int | None]:
+        """The block of each of `keys`, None where it is not resident; a reference taken on each for the caller."""
+        with self._lock:
+            found = [self._by_key.get(key) for key in keys]
+            used = [block for block in found if block is not None]
+            for block in used:
+                self._take(block)
+                self._hits[block] += 1
+            self._used(used)
+            return found
 
     def retain(self, blocks: Iterable[int]) -> None:
         """One more reference on each block; they must be held or cached."""
@@ -129,49 +161,123 @@ class Inventory:
         the other way round.
         """
         with self._lock:
-            for block in reversed(blocks):
-                self._drop(block)
+            self._release(blocks)
 
     def lease(self, holder: AttemptKey, blocks: Iterable[int], until: float) -> None:
         """Takes one more reference on each block for `holder`. Leasing again adds blocks and never shortens the lease."""
+        blocks = list(blocks)
         with self._lock:
-            lease = self._leases.get(holder)
-            if lease is None:
-                lease = self._leases[holder] = _Lease(until)
-                self._push(until, holder, lease)
             for block in blocks:
                 self._take(block)
-                lease.blocks.append(block)
-            lease.until = max(lease.until, until)
+            self._leases.add(holder, blocks, until)
 
     def renew(self, holder: AttemptKey, until: float) -> bool:
         """Lengthens a lease; False when the holder has none (any more)."""
         with self._lock:
-            lease = self._leases.get(holder)
-            if lease is None:
-                return False
-            lease.until = max(lease.until, until)
-            return True
+            return self._leases.renew(holder, until)
 
     def end(self, holder: AttemptKey) -> bool:
         """Ends a lease and drops its references. Idempotent; False when there was none."""
         with self._lock:
-            return self._end(holder)
+            blocks = self._leases.end(holder)
+            self._release(blocks or ())
+            return blocks is not None
 
     def expire(self, now: float) -> list[AttemptKey]:
         """Ends every lease whose time is up (`until <= now`) and says whose."""
-        expired: list[AttemptKey] = []
         with self._lock:
-            while self._ends and self._ends[0][0] <= now:
-                _, _, holder, lease = heappop(self._ends)
-                if lease.ended:
+            expired = self._leases.due(now)
+            for holder in expired:
+                self._release(self._leases.end(holder) or ())
+            return expired
+
+    def pin(self, keys: Iterable[BlockKey]) -> int:
+        """Keeps what is resident of `keys` from eviction until it is unpinned; idempotent. Returns how many of them are pinned.
+
+        Pin whole prefixes, first block first: no more than half of all blocks can be pinned, the rest of `keys` is not.
+        """
+        with self._lock:
+            count, room = 0, int(self._total * _PINNED_PART) - len(self._pinned)
+            for key in keys:
+                block = self._by_key.get(key)
+                if block is None or (block not in self._pinned and room <= 0):
                     continue
-                if lease.until > now:
-                    self._push(lease.until, holder, lease)
+                count += 1
+                if block not in self._pinned:
+                    room -= 1
+                    if not self._refs[block]:
+                        self._idle.remove(block)
+                    self._pinned.add(block)
+            return count
+
+    def unpin(self, keys: Sequence[BlockKey]) -> int:
+        """Lets blocks be evicted again, those of a prefix last first. Returns how many of `keys` were pinned."""
+        with self._lock:
+            blocks = [block for key in keys if (block := self._by_key.get(key)) is not None and block in self._pinned]
+            blocks = list(dict.fromkeys(blocks))
+            for block in blocks:  # a reference of ours, so that they come to rest as released ones do
+                self._take(block)
+            self._pinned.difference_update(blocks)
+            self._release(blocks)
+            return len(blocks)
+
+    def pinned(self) -> int:
+        """Blocks that are pinned, held or not."""
+        with self._lock:
+            return len(self._pinned)
+
+    def evict(self, keys: Iterable[BlockKey]) -> int:
+        """Frees the cached ones among `keys` now and says how many that were; what is held or pinned stays."""
+        with self._lock:
+            count = 0
+            for key in keys:
+                block = self._by_key.get(key)
+                if block is None or block not in self._idle:
                     continue
-                self._end(holder)
-                expired.append(holder)
-        return expired
+                self._leave(block, self._idle.remove(block))
+                if self._shares is not None:
+                    self._shares.charge(self._tenant[block], -1)
+                self._free_up(block)
+                count += 1
+            self.evictions.asked += count
+            return count
+
+    def victims(self, count: int) -> list[Victim]:
+        """The next `count` blocks to be evicted, fewer when fewer are cached, a reference taken on each for the caller.
+
+        Looking at them is no use: released, they are the next to go again, unless somebody used them meanwhile.
+        """
+        found: list[Victim] = []
+        with self._lock:
+            for _ in range(min(count, len(self._idle))):
+                block = self._idle.next()
+                self._looked_at[block] = self._idle.remove(block)
+                self._refs[block] = 1
+                if self._shares is not None:
+                    self._shares.charge(self._tenant[block], -1)  # as if gone, for the choice of those after it
+                found.append(Victim(block, self._key[block] or b"", self._digest[block]))
+            if self._shares is not None:
+                for victim in found:
+                    self._shares.charge(self._tenant[victim.block], 1)
+        return found
+
+    def changes(self, limit: int, *, everything: bool = False) -> Changes:
+        """What became resident and what left since the last call, `limit` keys at most; the rest comes with the next call.
+
+        For one reader. An addition and a removal of one key cancel out. The first call, and one that asks for
+        `everything`, begin anew with all that is resident: see `Changes.lost`.
+        """
+        assert limit > 0, "a limit of nothing would never get anywhere"
+        with self._lock:
+            return self._log.take(limit, self._by_key, everything)
+
+    def entries(self) -> list[Entry]:
+        """All resident blocks, in the order in which they were committed."""
+        with self._lock:  # copies, so that nobody waits while the list is made
+            by_key, pinned = list(self._by_key.items()), set(self._pinned)
+            digest, tenant, hits = list(self._digest), list(self._tenant), list(self._hits)
+            cost_s, refs = list(self._cost_s), list(self._refs)
+        return [Entry(key, b, digest[b], tenant[b], hits[b], cost_s[b], refs[b], b in pinned) for key, b in by_key]
 
     def generation(self, block: int) -> int:
         """Changes whenever the block is handed out again or freed."""
@@ -196,9 +302,14 @@ class Inventory:
         with self._lock:
             return self._key[block]
 
+    def tenants(self) -> dict[bytes, int]:
+        """Committed blocks by tenant; empty without shares."""
+        with self._lock:
+            return {} if self._shares is None else self._shares.charged()
+
     def counts(self) -> BlockCounts:
         with self._lock:
-            free, cached = len(self._free), len(self._cached)
+            free, cached = len(self._free), len(self._idle)
             return BlockCounts(self._total, free, cached, self._total - free - cached)
 
     def leases_open(self) -> int:
@@ -210,86 +321,4 @@ class Inventory:
         with self._lock:
             self._check_states()
             self._check_keys()
-            self._check_leases()
-
-    # -- below: the caller holds the lock --------------------------------------------------------------------------
-
-    def _hand_out(self) -> int:
-        block = self._free.pop() if self._free else self._evict()
-        self._renumber(block)  # before the new owner can write
-        self._refs[block] = 1
-        self._digest[block] = 0
-        return block
-
-    def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
-        key = self._key[block]
-        assert key is not None
-        del self._by_key[key]
-        self._key[block] = None
-        return block
-
-    def _take(self, block: int) -> None:
-        if self._refs[block] == 0:
-            assert block in self._cached, f"block {block} is free: nobody can take a reference on it"
-            del self._cached[block]
-        self._refs[block] += 1
-
-    def _drop(self, block: int) -> None:
-        assert self._refs[block] > 0, f"block {block} is released by nobody who holds it"
-        self._refs[block] -= 1
-        if self._refs[block]:
-            return
-        if self._key[block] is not None:
-            self._cached[block] = None
-            return
-        self._renumber(block)  # a late reader of freed bytes must notice
-        self._free.append(block)
-
-    def _renumber(self, block: int) -> None:
-        self._generation[block] += 1
-        if self._shared is not None:
-            self._shared[block] = self._generation[block]
-
-    def _end(self, holder: AttemptKey) -> bool:
-        lease = self._leases.pop(holder, None)
-        if lease is None:
-            return False
-        lease.ended = True
-        for block in reversed(lease.blocks):
-            self._drop(block)
-        if len(self._ends) > 2 * len(self._leases) + 64:  # ended leases wait in the heap; they must not pile up
-            self._ends = [entry for entry in self._ends if not entry[3].ended]
-            heapify(self._ends)
-        return True
-
-    def _push(self, until: float, holder: AttemptKey, lease: _Lease) -> None:
-        self._ends_pushed += 1  # makes entries distinct, so that a comparison never reaches the lease
-        heappush(self._ends, (until, self._ends_pushed, holder, lease))
-
-    def _check_states(self) -> None:
-        free = set(self._free)
-        assert len(free) == len(self._free), "a block is on the free list twice"
-        assert not free & self._cached.keys(), "a block is both free and cached"
-        for block in range(self._total):
-            idle = block in free or block in self._cached
-            assert (self._refs[block] == 0) == idle, f"block {block} has {self._refs[block]} references, idle is {idle}"
-            assert (self._key[block] is not None) or block not in self._cached, f"block {block} is cached without a key"
-            assert self._key[block] is None or block not in free, f"block {block} is free with a key"
-            assert self._shared is None or int(self._shared[block]) == self._generation[block], (
-                f"the generation word of block {block} was changed by someone else"
-            )
-
-    def _check_keys(self) -> None:
-        committed = {key: block for block, key in enumerate(self._key) if key is not None}
-        assert committed == self._by_key, "the key index and the blocks disagree"
-
-    def _check_leases(self) -> None:
-        leased = [0] * self._total
-        for lease in self._leases.values():
-            assert not lease.ended, "an ended lease is still listed"
-            for block in lease.blocks:
-                leased[block] += 1
-        assert all(n <= refs for n, refs in zip(leased, self._refs, strict=True)), "a lease holds more than there is"
-        listed = [id(entry[3]) for entry in self._ends if not entry[3].ended]
-        assert sorted(listed) == sorted(map(id, self._leases.values())), "a lease would never expire"
+            self._leases.check(self._refs)

@@ -7,10 +7,9 @@ of Prometheus.
 from __future__ import annotations
 
 import asyncio
-import bisect
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
@@ -22,6 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from core.errors import ConfigError
+from core.histogram import Histogram as Histogram
 
 _REQUEST_BYTES_MAX = 16_384
 _REQUEST_TIMEOUT_S = 5.0
@@ -50,33 +50,6 @@ def _add_context(record: logging.LogRecord) -> bool:
     context = _context.get()
     record.tandem = f" [{' '.join(context)}]" if context else ""
     return True
-
-
-class Histogram:
-    """Counts by upper bound. One thread observes, any thread may read: a reader is at most one observation behind."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        assert list(bounds) == sorted(set(bounds)), "bounds ascend"
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    @property
-    def count(self) -> int:
-        return sum(self.counts)
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts in Prometheus' form, the last one for `+Inf`."""
-        total = 0.0
-        rows = []
-        for bound, count in zip((*self.bounds, float("inf")), tuple(self.counts), strict=True):
-            total += count
-            rows.append(("+Inf" if bound == float("inf") else repr(float(bound)), total))
-        return rows
 
 
 STEP_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)

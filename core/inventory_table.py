@@ -1,0 +1,190 @@
+"""The columns of an inventory and the moves of a block between its states. Deciding code; the inventory holds the lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableSequence, Sequence
+from typing import NamedTuple
+
+from core.blocks import BlockKey
+from core.eviction import IdleQueue, make_queue, make_ranks
+from core.histogram import Histogram
+from core.inventory_changes import ChangeLog
+from core.inventory_leases import Leases
+from core.inventory_shares import SharedQueue
+
+_IDLE_SECONDS = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
+
+
+class BlockCounts(NamedTuple):
+    """Blocks by state; `free + cached + active == total`. Free and cached ones can be allocated."""
+
+    total: int
+    free: int
+    cached: int
+    active: int
+
+
+class Victim(NamedTuple):
+    """A block that is evicted soon, held by a reference meanwhile."""
+
+    block: int
+    key: BlockKey
+    digest: int
+
+
+class Entry(NamedTuple):
+    """A resident block, for tools. `hits` are the uses after the first."""
+
+    key: BlockKey
+    block: int
+    digest: int
+    tenant: bytes
+    hits: int
+    cost_s: float
+    references: int
+    pinned: bool
+
+
+class Evictions:
+    """What left the cache: blocks evicted for space, blocks evicted because somebody asked, and how long they had been idle.
+
+    Without a clock nobody knows for how long: `idle_s` stays empty.
+    """
+
+    def __init__(self) -> None:
+        self.for_space = 0
+        self.asked = 0
+        self.idle_s = Histogram(_IDLE_SECONDS)
+
+
+class BlockTable:
+    """What is true of each block, by its number. A method here takes a block from one state to the next and no lock."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        generations: MutableSequence[int] | None,
+        policy: str,
+        tenant_share: float,
+        clock: Callable[[], float] | None,
+    ) -> None:
+        assert num_blocks > 0, "an inventory needs at least one block"
+        assert generations is None or len(generations) >= num_blocks, "one generation word per block"
+        assert 0 < tenant_share <= 1, "a share is a part of the whole"
+        self._total = num_blocks
+        self._words = generations
+        # Ours is the truth; what others can map is only ever written.
+        self._generation = [0] * num_blocks if generations is None else [int(generations[b]) for b in range(num_blocks)]
+        self._refs = [0] * num_blocks
+        self._key: list[BlockKey | None] = [None] * num_blocks
+        self._digest = [0] * num_blocks
+        self._hits = [0] * num_blocks
+        self._cost_s = [0.0] * num_blocks
+        self._tenant = [b""] * num_blocks
+        self._by_key: dict[BlockKey, int] = {}
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._pinned: set[int] = set()
+        self._looked_at: dict[int, float] = {}  # victims that their asker holds and nobody used since: idle since
+        self._leases = Leases()
+        self._log = ChangeLog()
+        self._clock = clock
+        self.evictions = Evictions()
+        ranks = self._ranks = make_ranks(policy, self._hits, self._cost_s)
+        self._shares: SharedQueue | None = None
+        self._idle: IdleQueue = make_queue(ranks)
+        if tenant_share < 1:
+            limit = max(1, int(num_blocks * tenant_share))
+            self._idle = self._shares = SharedQueue(lambda: make_queue(ranks), self._tenant, limit)
+
+    def _leave(self, block: int, since: float) -> None:
+        """Cached to nameless; the block is out of the queue already."""
+        key = self._key[block]
+        assert key is not None
+        del self._by_key[key]
+        self._key[block] = None
+        self._hits[block] = 0
+        if self._clock is not None:
+            self.evictions.idle_s.observe(max(0.0, self._clock() - since))
+        if self._log.followed:
+            self._log.went(key)
+        if self._ranks is not None:
+            self._ranks.forget(block)
+            self._cost_s[block] = 0.0
+
+    def _take(self, block: int) -> None:
+        if not self._refs[block]:
+            self._wake(block)
+        self._refs[block] += 1
+
+    def _wake(self, block: int) -> None:
+        """Cached, or pinned and idle, to active."""
+        if block not in self._pinned:
+            try:
+                self._idle.remove(block)
+            except KeyError:
+                raise AssertionError(f"block {block} is free: nobody can take a reference on it") from None
+
+    def _used(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self._looked_at.pop(block, None)
+
+    def _release(self, blocks: Sequence[int]) -> None:
+        """Drops references, last first. Active to cached or free where it was the last one."""
+        refs, keys, add = self._refs, self._key, self._idle.add
+        now = self._clock() if self._clock is not None else 0.0
+        if self._ranks is not None:
+            self._ranks.let_go([b for b in blocks if b not in self._looked_at] if self._looked_at else blocks)
+        special = self._pinned or self._looked_at
+        for block in reversed(blocks):
+            left = refs[block] - 1
+            assert left >= 0, f"block {block} is released by nobody who holds it"
+            refs[block] = left
+            if left:
+                continue
+            if keys[block] is None:
+                self._free_up(block)
+            elif special:
+                self._rest(block, now)
+            else:
+                add(block, now)
+
+    def _rest(self, block: int, now: float) -> None:
+        since = self._looked_at.pop(block, None)
+        if block in self._pinned:
+            return
+        if since is None:
+            self._idle.add(block, now)
+        else:
+            self._idle.add_first(block, since)
+
+    def _free_up(self, block: int) -> None:
+        """Nameless to free. A late reader of freed bytes must notice, so the generation changes."""
+        generation = self._generation[block] = self._generation[block] + 1
+        if self._words is not None:
+            self._words[block] = generation
+        if self._ranks is not None:
+            self._ranks.forget(block)
+        self._free.append(block)
+
+    def _check_states(self) -> None:
+        free = set(self._free)
+        assert len(free) == len(self._free), "a block is on the free list twice"
+        assert len(self._idle) == sum(b in self._idle for b in range(self._total)), "the queue of idle blocks is miscounted"
+        for block in range(self._total):
+            held, cached, pinned = self._refs[block] > 0, block in self._idle, block in self._pinned
+            states = [block in free, cached, held or pinned]
+            assert sum(states) == 1, f"block {block} is in not exactly one state: free, cached, active are {states}"
+            assert self._refs[block] >= 0, f"block {block} has {self._refs[block]} references"
+            assert self._key[block] is not None or not (cached or pinned), f"block {block} is kept without a key"
+            assert self._key[block] is None or block not in free, f"block {block} is free with a key"
+            assert self._words is None or int(self._words[block]) == self._generation[block], (
+                f"the generation word of block {block} was changed by someone else"
+            )
+        assert all(self._refs[block] for block in self._looked_at), "a victim is remembered that nobody looks at"
+
+    def _check_keys(self) -> None:
+        committed = {key: block for block, key in enumerate(self._key) if key is not None}
+        assert committed == self._by_key, "the key index and the blocks disagree"
+        assert len(self._log) <= 2 * self._total, "changes pile up"
+        if self._shares is not None:
+            self._shares.check([self._tenant[block] for block in committed.values()])
