@@ -42,6 +42,7 @@ def desired_of(config: Config) -> dict[WorkerRole, int]:
         raise ConfigError("there is no worker: set prefill and decode to at least 1 each, or colocated to at least 1")
     return {
         WorkerRole.ROUTER: 1,
+        WorkerRole.STORE: config.store.nodes,
         WorkerRole.PREFILL: cluster.prefill,
         WorkerRole.DECODE: cluster.decode,
         WorkerRole.COLOCATED: cluster.colocated,

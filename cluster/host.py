@@ -37,7 +37,7 @@ class Ended(NamedTuple):
 
 
 def entry_of(role: WorkerRole) -> Entry:
-    """What runs in a host of this role. Imported late: a router never loads torch."""
+    """What runs in a host of this role. Imported late: routers and stores never load torch."""
     if role is WorkerRole.PREFILL:
         from prefill_worker import main as prefill
 
@@ -50,6 +50,10 @@ def entry_of(role: WorkerRole) -> Entry:
         from router import main as router
 
         return router.run
+    if role is WorkerRole.STORE:
+        from kvtransfer import main as store
+
+        return store.run
     raise ConfigError(f"this version cannot run a {role.value} worker")
 
 

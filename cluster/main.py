@@ -143,7 +143,7 @@ async def _launcher(config: Config, on_line: Callable[[str], None], signals: _Si
     if config.cluster.launcher == "ray":
         from cluster.ray_launcher import RayLauncher
 
-        launcher = RayLauncher(config.cluster, on_started=signals.install)
+        launcher = RayLauncher(config.cluster, on_started=signals.install, stores=config.store.nodes)
     else:
         launcher = LocalLauncher(on_line=on_line)
     try:

@@ -44,8 +44,10 @@ class RayLauncher:
     handlers by then. Actors have `max_restarts=0`; replacing them is the controller's business.
     """
 
-    def __init__(self, config: ClusterConfig, on_started: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, config: ClusterConfig, on_started: Callable[[], None] = lambda: None, stores: int = 0) -> None:
+        """`stores`: how many store nodes there will be beside the workers."""
         self._config = config
+        self._actors = 1 + config.prefill + config.decode + config.colocated + stores
         self._on_started = on_started
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._session: Path | None = None
@@ -112,7 +114,7 @@ class RayLauncher:
                     ray.init(
                         address="local",
                         # Ray keeps one warm process per CPU: as many as there are actors to start, no more.
-                        num_cpus=1 + self._config.prefill + self._config.decode + self._config.colocated,
+                        num_cpus=self._actors,
                         num_gpus=0,
                         include_dashboard=False,
                         object_store_memory=int(self._config.object_store_bytes),
@@ -150,6 +152,7 @@ class RayLauncher:
             .options(
                 num_cpus=ACTOR_CPUS,
                 resources={role: 0.001} if role in self._placement else None,
+                scheduling_strategy="SPREAD" if spec.role is WorkerRole.STORE else "DEFAULT",  # one per host
                 max_restarts=0,
                 max_task_retries=0,
                 max_concurrency=4,  # run() blocks one thread; placed() and stop() need others

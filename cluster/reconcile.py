@@ -162,9 +162,9 @@ class Reconciler:
 
     @property
     def all_ready(self) -> bool:
-        """Every pool has as many ready workers as desired."""
+        """Every pool that answers requests has as many ready workers as desired; stores make them quicker, no more."""
         ready = [slot.role for slot in self.slots.values() if slot.phase is Phase.READY]
-        return all(ready.count(role) >= count for role, count in self.desired.items())
+        return all(ready.count(role) >= count for role, count in self.desired.items() if role is not WorkerRole.STORE)
 
     def wake_at(self) -> float | None:
         """When `plan` has something to do without any event; None: never."""

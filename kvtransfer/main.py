@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 SERVER_GRACE_S = 0.5
+READERS_GRACE_S = 1.0  # of a store that ends: readers have other sources, and the disk wants its time too
 
 
 class StoreInfo(NamedTuple):
@@ -81,7 +82,7 @@ class _Store:
                     await stop.wait()
                     await self._refuse()
                 await announcer.leave()
-                await self._idle_within(config.cluster.grace_s * 0.5)
+                await self._idle_within(min(READERS_GRACE_S, config.cluster.grace_s / 4))
         finally:
             await directory.close()
             await self._node.close()

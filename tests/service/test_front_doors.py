@@ -51,7 +51,7 @@ def nothing_is_left_over(cluster: Cluster) -> Iterator[None]:
             reports = stub.GetStatus(cluster_pb2.GetStatusRequest(), timeout=10).workers
             workers = [w for w in reports if w.role != common_pb2.WORKER_ROLE_ROUTER]
             assert all(w.running + w.waiting + w.leases_open + w.blocks.active == 0 for w in workers), workers
-            return len(workers) == 2
+            return len(workers) == 3  # prefill, decode, store
 
         eventually(idle)
 

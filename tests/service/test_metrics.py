@@ -51,10 +51,10 @@ async def test_what_is_watched_exists():
             await client.generate("import os\n" * 20, SamplingParams(max_tokens=4, ignore_eos=True))
         async with asyncio.timeout(10):
             groups: list[dict] = []
-            while len(groups) < 3:  # the view reaches the router with the next heartbeat
+            while len(groups) < 4:  # the view reaches the router with the next heartbeat
                 groups = (await http.get(f"http://{addresses.http}/metrics/targets")).json()
                 await asyncio.sleep(0)
-        assert {group["labels"]["role"] for group in groups} == {"prefill", "decode", "router"}
+        assert {group["labels"]["role"] for group in groups} == {"prefill", "decode", "router", "store"}
         exported: dict[str, set[str]] = {}
         for group in groups:
             (target,) = group["targets"]

@@ -30,9 +30,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_status_has_its_documented_shape(cluster: Cluster) -> None:
+    cluster.only("store")  # the one that a cluster does not wait for
     status = cluster.status()
     assert status["model"] == "demo"
-    assert {w["role"] for w in status["workers"]} == {"router", "prefill", "decode"}
+    assert {w["role"] for w in status["workers"]} == {"router", "prefill", "decode", "store"}
     for worker in status["workers"]:
         assert worker["state"] == "ready"
         assert worker["epoch"] == 1
@@ -112,7 +113,7 @@ def test_a_drained_worker_is_succeeded(cluster: Cluster) -> None:
 def test_down_ends_it_and_leaves_nothing(cluster: Cluster) -> None:
     """Last of this cluster."""
     pids = family(cluster.process.pid)
-    assert len(pids) == 4
+    assert len(pids) == 5
     files = shared_by(pids)
     assert files <= shared_memory()
     done = tandem("down", "--grpc", cluster.grpc)

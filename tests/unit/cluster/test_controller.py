@@ -49,7 +49,7 @@ class Running:
 
 @asynccontextmanager
 async def cluster(**overrides: Any) -> AsyncIterator[Running]:
-    defaults = {"cluster.heartbeat_s": 0.1, "cluster.dead_after_s": 20.0, "cluster.grace_s": 4.0}
+    defaults = {"cluster.heartbeat_s": 0.1, "cluster.dead_after_s": 20.0, "cluster.grace_s": 4.0, "store.nodes": 0}
     config = load(overrides=defaults | {name.replace("__", "."): value for name, value in overrides.items()})
     launcher = LocalLauncher((sys.executable, str(HOST)))
     controller, down = Controller(config, launcher, desired_of(config)), asyncio.Event()
