@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from core.blocks import KEY_BYTES, BlockKey, KvLayout, KvSource
 from core.config import StoreConfig
-from core.errors import ConfigError, TandemError
+from core.errors import TandemError
 from core.request import WorkerRole
 
 LOCATE_KEYS_MAX = 65_536
@@ -95,8 +95,8 @@ class Directory(Protocol):
     ) -> bool:
         """Keys that came and went; a key in both lists is held afterwards. Any number of them, each at most once a list.
 
-        False: this incarnation is not known (any more), nothing was taken: join, and announce everything. Idempotent:
-        after a DirectoryError, of which part may have been taken, say it again or wait for `join` to ask for everything.
+        False: this incarnation is not known (any more), nothing was taken: join, and announce everything. After a
+        DirectoryError some of it may have been taken, and the next `join` answers False.
         """
         ...
 
@@ -169,7 +169,9 @@ def open_directory(store: StoreConfig, redis_url: str, controller: str) -> Direc
     is none.
     """
     if redis_url:
-        raise ConfigError("redis: the directory in Redis is not built yet; leave it empty")
+        from kvtransfer.redis_directory import RedisDirectory
+
+        return RedisDirectory(redis_url, timeout_s=store.directory_timeout_s)
     from kvtransfer.remote_directory import RemoteDirectory
 
     return RemoteDirectory(controller, timeout_s=store.directory_timeout_s)

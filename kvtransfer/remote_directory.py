@@ -53,10 +53,15 @@ class RemoteDirectory:
         self._breaker = Breaker()
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = pb_grpc.DirectoryStub(self._channel)  # type: ignore[no-untyped-call]
+        self._doubted: set[tuple[str, int]] = set()  # an announcement failed, nobody knows how much of it was taken
         self._closed = False
 
     async def join(self, record: NodeRecord, ttl_s: float) -> bool:
+        incarnation = (record.source.worker_id, record.source.epoch)
+        if incarnation in self._doubted:
+            await self.leave(*incarnation)
         reply: pb.JoinReply = await self._call(self._stub.Join, pb.JoinRequest(node=node_to_pb(record), ttl_s=ttl_s))
+        self._doubted.discard(incarnation)
         return reply.known
 
     async def leave(self, worker_id: str, epoch: int) -> None:
@@ -67,7 +72,11 @@ class RemoteDirectory:
     ) -> bool:
         for delta in pack_deltas(added, removed):
             request = pb.AnnounceRequest(worker_id=worker_id, epoch=epoch, **delta._asdict())
-            reply = await self._call(self._stub.Announce, request)
+            try:
+                reply: pb.AnnounceReply = await self._call(self._stub.Announce, request)
+            except BaseException:
+                self._doubted.add((worker_id, epoch))
+                raise
             if not reply.known:
                 return False
         return True
