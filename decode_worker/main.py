@@ -17,6 +17,7 @@ from decode_worker.service import DecodeHandler
 from engine.output import StepOutput
 from kvtransfer.channels import Channels
 from kvtransfer.codec import LOSSY
+from kvtransfer.collective_end import open_collective
 from kvtransfer.plane import build_fetcher
 from kvtransfer.puller import Puller
 from tandem.v1 import decode_pb2_grpc
@@ -33,8 +34,15 @@ class DecodeParts:
         spec, node, clock = base.spec, base.node, base.clock
         config = spec.config
         self._channels = Channels()
+        self._collective = open_collective(config.transfer, node.arena, spec.listen)
         self._fetcher = build_fetcher(
-            config.transfer, node.arena.bytes_view(), node.layout, self._channels, clock, base.host_id
+            config.transfer,
+            node.arena.bytes_view(),
+            node.layout,
+            self._channels,
+            clock,
+            base.host_id,
+            collective=self._collective,
         )
         self._puller = Puller(
             node.layout,
@@ -102,6 +110,8 @@ class DecodeParts:
         await self._ingests.close()
         await self._puller.close()
         await self._fetcher.close()
+        if self._collective is not None:
+            await self._collective.close()
         await self._channels.close()
 
 

@@ -11,6 +11,7 @@ from core.blocks import KvSource
 from core.hostspec import HostSpec
 from core.service import Registration
 from engine.output import StepOutput
+from kvtransfer.collective_end import open_collective
 from kvtransfer.exports import Exports
 from kvtransfer.handoff import ExportState
 from kvtransfer.loopback import PROCESS_HUB
@@ -39,13 +40,15 @@ class PrefillParts:
             base.engine, base.links, self._exports, self._publisher, self._source, node.layout, config.lease_s, config.codec
         )
         self._tcp = open_tcp(config, self._exports, spec.listen)
+        self._collective = open_collective(config, node.arena, spec.listen)
         PROCESS_HUB.register(spec.worker_id, spec.epoch, node.arena)
 
     def registrations(self, session: SessionServicer) -> list[Registration]:
-        return [
+        served = [
             Registration("tandem.v1.Prefill", prefill_pb2_grpc.add_PrefillServicer_to_server, session),
             Registration("tandem.v1.Kv", kv_pb2_grpc.add_KvServicer_to_server, KvServicer(self._exports)),
         ]
+        return served if self._collective is None else [*served, self._collective.registration(self._exports)]
 
     def on_step(self, output: StepOutput, started: float) -> None:
         self._publisher.on_step(output, started)
@@ -65,6 +68,8 @@ class PrefillParts:
         PROCESS_HUB.unregister(self._base.spec.worker_id, self._base.spec.epoch)
         if self._tcp is not None:
             await asyncio.to_thread(self._tcp.close)
+        if self._collective is not None:
+            await self._collective.close()
         await self._exports.close()
 
     def _source(self) -> KvSource:
@@ -77,7 +82,7 @@ class PrefillParts:
             host_id=self._base.host_id,
             arena_path=arena.path,
             num_blocks=arena.num_blocks,
-            transports=offered(arena, tcp_address),
+            transports=offered(arena, tcp_address, collective=self._collective is not None),
             tcp_address=tcp_address,
         )
 

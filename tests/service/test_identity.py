@@ -23,6 +23,7 @@ SHAPES = {
     "shm": {"transfer.transport": "shm"},
     "tcp": {"transfer.transport": "tcp"},
     "grpc": {"transfer.transport": "grpc"},
+    "collective": {"transfer.transport": "collective"},
 }
 # Small chunks and blocks, so that prompts take several of each and batches mix prefill with decode.
 ENGINE = {"engine.max_step_tokens": 48, "engine.block_size": 16, "engine.kv_bytes": 8 * 2**20, "router.http": "127.0.0.1:0"}
