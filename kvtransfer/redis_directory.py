@@ -29,7 +29,7 @@ from kvtransfer.directory import (
     pack_deltas,
 )
 from kvtransfer.directory_wire import node_from_bytes, node_to_bytes
-from kvtransfer.redis_layout import CLUSTER_SHARDS, RECORD_BYTES, SWEEP_BUCKETS, TAG_BYTES, Layout, Packed, read_words, words_in
+from kvtransfer.redis_layout import CLUSTER_SHARDS, RECORD_BYTES, SWEEP_BUCKETS, TAG_BYTES, Layout, Lookup, read_words, words_in
 from kvtransfer.redis_link import open_link
 from kvtransfer.redis_scripts import ANNOUNCE, JOIN, LEAVE, NODES, RECORDS, SWEEP, Script
 from kvtransfer.redis_url import parse_redis_url
@@ -185,10 +185,10 @@ class RedisDirectory:
                 holders[place] = resolved[word]
         return holders[: holders.index(())] if () in holders else holders
 
-    async def _read(self, shard: int, lookup: Packed) -> tuple[list[bytes | None], _Records]:
+    async def _read(self, shard: int, lookup: Lookup) -> tuple[list[bytes | None], _Records]:
         numbers = list(self._met[shard])
         prefix = self._layout.prefixes[shard]
-        buckets, found = await self._link.read(prefix, lookup.names, RECORDS, numbers, self._timeout_s)
+        buckets, found = await self._link.read(prefix, lookup, RECORDS, numbers, self._timeout_s)
         return buckets, self._learn(shard, numbers, found)
 
     async def _complete(self, shard: int, distinct: set[bytes], records: _Records) -> None:

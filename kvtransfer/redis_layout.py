@@ -41,11 +41,30 @@ SWEEP_BUCKETS = 128
 _SHARD_BYTE = KEY_BYTES - 1
 
 
-class Packed:
-    """Keys of one shard as it stores them: `places[i]` says which of the keys asked for bucket `names[i]`, tag `tags[i]` is."""
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-    def __init__(self, places: list[int], names: list[bytes], tags: list[bytes]) -> None:
-        self.places, self.names, self.tags = places, names, tags
+
+class Lookup:
+    """Keys of one shard: key `places[i]` of those asked for is in bucket `names()[i]` under `tags[i]`."""
+
+    def __init__(self, places: list[int], names: _Bytes, tags: list[bytes]) -> None:
+        self.places = places
+        self.tags = tags
+        self._names = names
+
+    def names(self) -> list[bytes]:
+        return _rows(self._names)
+
+    def command(self) -> bytes:
+        """`MGET` of the names as it goes over the wire. Names have one length, so that is one copy of a pattern: encoding
+        2,048 arguments one by one takes longer than Redis takes to answer."""
+        count, length = self._names.shape
+        head = np.frombuffer(b"$%d\r\n" % length, np.uint8)
+        wire = np.empty((count, len(head) + length + 2), np.uint8)
+        wire[:, : len(head)] = head
+        wire[:, len(head) : -2] = self._names
+        wire[:, -2:] = np.frombuffer(b"\r\n", np.uint8)
+        return b"*%d\r\n$4\r\nMGET\r\n" % (count + 1) + wire.tobytes()
 
 
 class Layout:
@@ -59,7 +78,7 @@ class Layout:
         mask = self.buckets - 1
         self._mask = np.array([mask & 255, mask >> 8 & 255, mask >> 16], np.uint8)
 
-    def lookup(self, keys: bytes) -> dict[int, Packed]:
+    def lookup(self, keys: bytes) -> dict[int, Lookup]:
         """By shard, what is to be read for `keys` (16 bytes each, one after another)."""
         found = {}
         for shard, (places, rows) in self._split(keys).items():
@@ -67,7 +86,7 @@ class Layout:
             names = np.empty((len(rows), len(prefix) + BUCKET_BYTES), np.uint8)
             names[:, : len(prefix)] = prefix
             names[:, len(prefix) :] = rows[:, :BUCKET_BYTES] & self._mask
-            found[shard] = Packed(places, _rows(names), _rows(rows[:, BUCKET_BYTES : BUCKET_BYTES + TAG_BYTES]))
+            found[shard] = Lookup(places, names, _rows(rows[:, BUCKET_BYTES : BUCKET_BYTES + TAG_BYTES]))
         return found
 
     def packed(self, keys: bytes) -> dict[int, bytes]:
@@ -79,7 +98,7 @@ class Layout:
             found[shard] = cut.tobytes()
         return found
 
-    def _split(self, keys: bytes) -> dict[int, tuple[list[int], np.ndarray[Any, np.dtype[np.uint8]]]]:
+    def _split(self, keys: bytes) -> dict[int, tuple[list[int], _Bytes]]:
         rows = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
         if self.shards == 1 or not len(rows):
             return {0: (list(range(len(rows))), rows)} if len(rows) else {}
@@ -106,6 +125,6 @@ def read_words(words: bytes) -> list[tuple[int, Tier]]:
     return [(word >> 1, Tier(word & 1)) for (word,) in struct.iter_unpack(">I", words)]
 
 
-def _rows(table: np.ndarray[Any, np.dtype[np.uint8]]) -> list[bytes]:
+def _rows(table: _Bytes) -> list[bytes]:
     found: list[bytes] = np.ascontiguousarray(table).view(f"V{table.shape[1]}").ravel().tolist()
     return found

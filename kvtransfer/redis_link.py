@@ -17,6 +17,7 @@ from redis.backoff import NoBackoff
 
 from core.errors import ConfigError
 from kvtransfer.directory import DirectoryError
+from kvtransfer.redis_layout import Lookup
 from kvtransfer.redis_scripts import CHECK, Script
 from kvtransfer.redis_url import RedisTarget, parse_redis_url
 from tandem.cancelling import heed_cancellation
@@ -35,6 +36,8 @@ _FAULTS = (
 )
 _REFUSED = (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError)
 
+_CONNECTION = Connection()  # never connected: it packs
+
 _T = TypeVar("_T")
 
 
@@ -42,9 +45,9 @@ class RedisLink(Protocol):
     """Calls end within the deadline they are given and raise DirectoryError, nothing else."""
 
     async def read(
-        self, prefix: bytes, names: Sequence[bytes], script: Script, args: Sequence[Any], timeout_s: float
+        self, prefix: bytes, lookup: Lookup, script: Script, args: Sequence[Any], timeout_s: float
     ) -> tuple[list[bytes | None], Any]:
-        """The strings `names` and what `script` answers, in one round trip. Without names or args there is nothing to ask."""
+        """The buckets of `lookup` and what `script` answers, in one round trip. Without args the script is not asked."""
         ...
 
     async def run(self, prefix: bytes, script: Script, args: Sequence[Any], timeout_s: float) -> Any: ...
@@ -55,7 +58,7 @@ class RedisLink(Protocol):
 def open_link(target: RedisTarget, timeout_s: float) -> RedisLink:
     """Connects when first used."""
     common: dict[str, Any] = {
-        "socket_timeout": timeout_s,
+        "socket_timeout": None,  # deadlines are ours, see _in_time
         "socket_connect_timeout": timeout_s,
         "protocol": 2,
         "retry": Retry(NoBackoff(), 1),  # a pooled connection may have died unnoticed: once more
@@ -68,6 +71,7 @@ def open_link(target: RedisTarget, timeout_s: float) -> RedisLink:
 def _single(target: RedisTarget, timeout_s: float, arguments: dict[str, Any]) -> Redis:
     if target.kind == "sentinel":
         asked = {name: value for name, value in arguments.items() if name not in ("db", "username", "password")}
+        asked |= {"socket_timeout": timeout_s / 2, "socket_connect_timeout": timeout_s / 2}  # leaves time to ask another one
         tls = {"ssl": True} if target.tls else {}
         sentinel = Sentinel(  # type: ignore[no-untyped-call]
             target.hosts, sentinel_kwargs={**asked, **target.sentinel_login, **tls}, **arguments, **tls
@@ -95,26 +99,36 @@ class SingleLink:
         self._name = name
 
     async def read(
-        self, prefix: bytes, names: Sequence[bytes], script: Script, args: Sequence[Any], timeout_s: float
+        self, prefix: bytes, lookup: Lookup, script: Script, args: Sequence[Any], timeout_s: float
     ) -> tuple[list[bytes | None], Any]:
-        pipe = self._client.pipeline(transaction=False)
-        if names:
-            pipe.execute_command("MGET", *names)
+        commands = [lookup.command()]
         if args:
-            pipe.execute_command("EVALSHA", script.sha, 1, prefix, *args)
-        replies = await _in_time(pipe.execute(raise_on_error=False), timeout_s, self._name)
-        if args and isinstance(replies[-1], exceptions.NoScriptError):
-            replies[-1] = await self.run(prefix, script, args, timeout_s)
-        for reply in replies:
+            commands += _CONNECTION.pack_command("EVALSHA", script.sha, 1, prefix, *args)
+        buckets, *answer = await _in_time(self._exchange(b"".join(commands), 1 + bool(args)), timeout_s, self._name)
+        if answer and isinstance(answer[0], exceptions.NoScriptError):
+            answer = [await self.run(prefix, script, args, timeout_s)]
+        for reply in (buckets, *answer):
             if isinstance(reply, Exception):
                 raise DirectoryError(f"redis {self._name}: {reply}")
-        return (replies[0] if names else []), (replies[-1] if args else [])
+        return buckets, answer[0] if answer else []
 
     async def run(self, prefix: bytes, script: Script, args: Sequence[Any], timeout_s: float) -> Any:
         return await _in_time(_evaluated(self._client, prefix, script, args), timeout_s, self._name)
 
     async def close(self) -> None:
         await _closed(self._client.aclose())
+
+    async def _exchange(self, wire: bytes, replies: int) -> list[Any]:
+        """Sends commands that are packed already. A pooled connection may have died unnoticed: then once more on a new one."""
+        pool = self._client.connection_pool
+        connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            try:
+                return await _replies(connection, wire, replies)
+            except exceptions.ConnectionError:
+                return await _replies(connection, wire, replies)
+        finally:
+            await pool.release(connection)
 
 
 class ClusterLink:
@@ -124,29 +138,31 @@ class ClusterLink:
         self._name = str(target)
 
     async def read(
-        self, prefix: bytes, names: Sequence[bytes], script: Script, args: Sequence[Any], timeout_s: float
+        self, prefix: bytes, lookup: Lookup, script: Script, args: Sequence[Any], timeout_s: float
     ) -> tuple[list[bytes | None], Any]:
-        async def values() -> list[bytes | None]:
-            await self._client.initialize()
-            node = self._client.get_node_from_key(prefix.decode())
-            found: list[bytes | None] = await self._client.execute_command("MGET", *names, target_nodes=node)
-            return found
-
-        async def both() -> tuple[list[bytes | None], Any]:
-            asked = _evaluated(self._client, prefix, script, args) if args else _nothing()
-            results = await asyncio.gather(values() if names else _nothing(), asked, return_exceptions=True)
-            for result in results:
-                if isinstance(result, BaseException):
-                    raise result
-            return results[0], results[1]
-
-        return await _in_time(both(), timeout_s, self._name)
+        buckets, answer = await _in_time(self._both(prefix, lookup, script, args), timeout_s, self._name)
+        return buckets, answer
 
     async def run(self, prefix: bytes, script: Script, args: Sequence[Any], timeout_s: float) -> Any:
         return await _in_time(_evaluated(self._client, prefix, script, args), timeout_s, self._name)
 
     async def close(self) -> None:
         await _closed(self._client.aclose())
+
+    async def _both(self, prefix: bytes, lookup: Lookup, script: Script, args: Sequence[Any]) -> list[Any]:
+        asked = _evaluated(self._client, prefix, script, args) if args else _nothing()
+        results = await asyncio.gather(self._buckets(prefix, lookup), asked, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return list(results)
+
+    async def _buckets(self, prefix: bytes, lookup: Lookup) -> list[bytes | None]:
+        """Sent to the shard's node by name: finding the slot of each key takes long, and it is the same."""
+        await self._client.initialize()
+        node = self._client.get_node_from_key(prefix.decode())
+        found: list[bytes | None] = await self._client.execute_command("MGET", *lookup.names(), target_nodes=node)
+        return found
 
 
 async def check_redis(url: str, timeout_s: float) -> str:
@@ -210,6 +226,21 @@ async def _closed(closing: Awaitable[None]) -> None:
             await closing
     except _FAULTS as error:
         log.debug("closing a connection to redis: %s", error)
+
+
+async def _replies(connection: Any, wire: bytes, count: int) -> list[Any]:
+    """Errors that Redis answers stand in place of their reply. Anything else leaves the connection disconnected."""
+    found: list[Any] = []
+    await connection.send_packed_command(wire)
+    for _ in range(count):
+        try:
+            found.append(await connection.read_response(disconnect_on_error=False))
+        except exceptions.ResponseError as error:
+            found.append(error)
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+    return found
 
 
 async def _nothing() -> list[bytes | None]:
