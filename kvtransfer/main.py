@@ -41,7 +41,7 @@ class StoreInfo(NamedTuple):
 async def run(spec: HostSpec, stop: asyncio.Event, on_ready: Callable[[StoreInfo], None] | None = None) -> None:
     """Runs until `stop` is set, then lets those who read finish within the grace time.
 
-    Raises ConfigError when it cannot start, StaleEpochError and DuplicateNodeError when another process has its name.
+    Raises ConfigError when it cannot start.
     """
     check_room(spec.config)
     store = _Store(spec)

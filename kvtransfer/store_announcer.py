@@ -42,19 +42,20 @@ class StoreAnnouncer:
         self._joined_at: float | None = None
 
     async def run(self) -> None:
-        """Until cancelled. Raises StaleEpochError and DuplicateNodeError: this process must end, another has its name."""
+        """Until cancelled."""
         while True:
             self._store.changed.clear()
             more = False
             try:
                 await self._join()
                 more = await self._tell()
-            except (StaleEpochError, DuplicateNodeError):
-                raise
+            except (StaleEpochError, DuplicateNodeError) as error:  # it goes on for those who know it; nobody else finds it
+                self._failed()
+                log.error("this store is not announced: %s", error.message)
+                await asyncio.sleep(self._ttl_s)
+                continue
             except TandemError as error:
-                self.failures += 1
-                self._everything = True  # nobody knows which part was taken
-                self._joined_at = None
+                self._failed()
                 log.debug("the directory did not take our announcements: %s", error.message)
                 await asyncio.sleep(self._ttl_s / 3)
                 continue
@@ -63,6 +64,11 @@ class StoreAnnouncer:
                     async with asyncio.timeout(self._ttl_s / 3):
                         await self._store.changed.wait()
             await asyncio.sleep(GATHER_S)
+
+    def _failed(self) -> None:
+        self.failures += 1
+        self._everything = True  # nobody knows which part was taken
+        self._joined_at = None
 
     async def leave(self) -> None:
         """At the end, so that nobody asks us any more; without an answer our time to live runs out."""

@@ -140,6 +140,8 @@ class Client:
         """Holds, pulls and drops: the bytes of what was there."""
         reply = await self.hold(keys, holder)
         records = [record_from_pb(record) for record in reply.records]
+        if not records:
+            return {}
         channels, dest = Channels(), HostArena(max(1, len(records)), self.layout.block_bytes)
         transports = build_transports(TransferConfig(transport=transport), dest.bytes_view(), channels)
         try:
