@@ -35,6 +35,14 @@ class StepShape:
     decode_context: int = 0
     """Tokens that the decode rows look at, summed."""
 
+    def __add__(self, other: StepShape) -> StepShape:
+        return StepShape(
+            self.prefill_tokens + other.prefill_tokens,
+            self.prefill_pairs + other.prefill_pairs,
+            self.decode_rows + other.decode_rows,
+            self.decode_context + other.decode_context,
+        )
+
     @staticmethod
     def of(rows: Iterable[tuple[int, int]]) -> StepShape:
         """From (tokens computed, context before them) of each row; a row of one token with a context decodes."""

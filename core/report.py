@@ -17,10 +17,11 @@ from enum import Enum
 import grpc
 
 from core.blocks import KvLayout
+from core.cost_model import Fit
 from core.hostspec import HostSpec
 from core.inventory import BlockCounts
 from core.service import KEEPALIVE_OPTIONS
-from core.wire import layout_to_pb, role_to_pb
+from core.wire import fit_to_pb, layout_to_pb, role_to_pb
 from tandem.cancelling import heed_cancellation
 from tandem.v1 import cluster_pb2 as pb
 from tandem.v1 import cluster_pb2_grpc
@@ -71,6 +72,8 @@ class Facts:
     running: int = 0
     waiting: int = 0
     waiting_tokens: int = 0
+    context_tokens: int = 0
+    step_cost: Fit | None = None
     layout: KvLayout | None = None
     model: ModelFacts | None = None
     progress: float = 0.0
@@ -149,11 +152,14 @@ class Reporter:
             running=facts.running,
             waiting=facts.waiting,
             waiting_tokens=facts.waiting_tokens,
+            context_tokens=facts.context_tokens,
             progress=facts.progress,
             detail=facts.detail,
         )
         if facts.layout is not None:
             report.layout.CopyFrom(layout_to_pb(facts.layout))
+        if facts.step_cost is not None:
+            report.step_cost.CopyFrom(fit_to_pb(facts.step_cost))
         if facts.model is not None:
             model = facts.model
             report.model.CopyFrom(

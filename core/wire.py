@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
+
 from core.blocks import KEY_BYTES, BlockRecord, Closing, KvLayout, KvSource, KvTicket
+from core.cost_model import Fit, StepCost
 from core.errors import InvalidRequestError
 from core.request import AttemptKey, AttemptTiming, FinishReason, TokenEvent, WorkerRole, WorkItem
 from tandem._convert import sampling_to_pb as sampling_to_pb  # the SDK sends the same message
 from tandem.sampling import SamplingParams
+from tandem.v1 import cluster_pb2 as cluster
 from tandem.v1 import common_pb2 as common
 from tandem.v1 import kv_pb2 as kv
 
@@ -247,6 +252,24 @@ def record_from_pb(message: kv.BlockRecord) -> BlockRecord:
         digest=message.digest,
         num_tokens=message.num_tokens,
     )
+
+
+def fit_to_pb(fit: Fit) -> cluster.StepCost:
+    return cluster.StepCost(**asdict(fit.cost), samples=fit.samples, median_error=fit.median_error, p90_error=fit.p90_error)
+
+
+def fit_from_pb(message: cluster.StepCost) -> Fit:
+    """Raises InvalidRequestError for coefficients that cannot be."""
+    values = (
+        message.base_s,
+        message.prefill_token_s,
+        message.prefill_pair_s,
+        message.decode_row_s,
+        message.decode_context_s,
+    )
+    if not all(math.isfinite(value) and value >= 0 for value in values) or not any(values):
+        raise InvalidRequestError(f"a step cannot cost {values}: seconds per unit are finite, not negative, not all zero")
+    return Fit(StepCost(*values), message.samples, message.median_error, message.p90_error)
 
 
 def closing_to_pb(closing: Closing) -> kv.Closing:

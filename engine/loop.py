@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from core.blocks import BlockKey, BlockRecord, Closing
 from core.config import EngineConfig
+from core.cost_model import StepShape
 from core.errors import InternalError, InvalidRequestError, OverloadedError
 from core.inventory import Inventory
 from core.request import AttemptKey, AttemptTiming, FinishReason, TokenEvent, WorkItem
-from engine.output import Committed, EngineLoad, Failed, GivenBack, Prefilled, StepOutput
+from engine.output import NO_SHAPE, Committed, EngineLoad, Failed, GivenBack, Prefilled, StepOutput
 from engine.role import Role, Shortage, Terms
 from engine.scheduler import Schedule, Scheduler
 from engine.sequence import Sequence
@@ -48,6 +49,7 @@ class _Changes:
     given_back: list[GivenBack] = field(default_factory=list)
     failed: list[Failed] = field(default_factory=list)
     num_tokens: int = 0
+    shape: StepShape = NO_SHAPE
 
 
 class StepLoop:
@@ -154,13 +156,14 @@ class StepLoop:
             tuple(changes.given_back),
             tuple(changes.failed),
             changes.num_tokens,
+            changes.shape,
         )
 
     def load(self) -> EngineLoad:
         """May be called from any thread."""
         running, ready, waiting = (tuple(q) for q in (self._scheduler.running, self._scheduler.ready, self._scheduler.waiting))
         prompts = sum(s.pending for s in waiting) + sum(s.pending for s in running if s.pending > 1)
-        return EngineLoad(len(running), len(ready) + len(waiting), prompts)
+        return EngineLoad(len(running), len(ready) + len(waiting), prompts, sum(s.computed for s in running))
 
     def check(self) -> None:
         """Asserts that queues, sequences and inventory agree; for idle moments and tests."""
@@ -236,6 +239,7 @@ class StepLoop:
     ) -> None:
         """Books computed rows: commits what became full, announces it, takes the samples."""
         end = self._clock() if self._clock else now
+        changes.shape += StepShape.of((count, sequence.computed) for sequence, count in work)
         block_size, sampled = self._block_size, iter(samples)
         for (sequence, count), row in zip(work, rows, strict=True):
             changes.num_tokens += count
@@ -285,7 +289,7 @@ class StepLoop:
         first, full = sequence.committed_blocks, sequence.computed // self._block_size
         keys, blocks, swapped = sequence.keys_until(full, self._block_size), sequence.blocks, False
         for i in range(first, full):
-            block = self._inventory.commit(blocks[i], keys[i])
+            block = self._inventory.commit(blocks[i], keys[i], tenant=sequence.item.cache_salt)
             swapped |= block != blocks[i]
             blocks[i] = block
         sequence.committed_blocks = full

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from core.blocks import BlockRecord, Closing
+from core.cost_model import StepShape
 from core.request import AttemptKey, AttemptTiming, TokenEvent
+
+NO_SHAPE = StepShape()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,13 @@ class Failed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """`waiting_tokens` is the prompt work ahead: tokens not yet computed of what waits and of prefills in progress."""
+    """`waiting_tokens` is the prompt work ahead: tokens not yet computed of what waits and of prefills in progress.
+    `context_tokens` is what the running sequences hold."""
 
     running: int
     waiting: int
     waiting_tokens: int
+    context_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,8 @@ class StepOutput:
     """Everything that one step changed.
 
     `left` names every attempt the loop holds nothing of any more, whatever the reason (ended, handed over, given back,
-    failed, cancelled), each once. `joined` are hand-overs that entered the running batch. `num_tokens` were computed.
+    failed, cancelled), each once. `joined` are hand-overs that entered the running batch. `num_tokens` were computed, in
+    rows of which `shape` is the sum.
     """
 
     tokens: tuple[TokenEvent, ...] = ()
@@ -76,3 +82,4 @@ class StepOutput:
     given_back: tuple[GivenBack, ...] = ()
     failed: tuple[Failed, ...] = ()
     num_tokens: int = 0
+    shape: StepShape = NO_SHAPE

@@ -8,6 +8,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from core.blocks import KvLayout
+from core.cost_model import StepCost
 from core.request import WorkerRole
 
 SERVING_ROLES = frozenset({WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED})
@@ -32,6 +33,10 @@ class WorkerView:
     running: int = 0
     waiting: int = 0
     waiting_tokens: int = 0
+    context_tokens: int = 0
+    """Held by its running requests."""
+    step_cost: StepCost | None = None
+    """What it learned of its own steps."""
     blocks_total: int = 0
     blocks_free: int = 0
     blocks_cached: int = 0

@@ -12,7 +12,7 @@ import grpc
 
 from core.errors import InvalidRequestError
 from core.service import KEEPALIVE_OPTIONS
-from core.wire import layout_from_pb, role_from_pb
+from core.wire import fit_from_pb, layout_from_pb, role_from_pb
 from router.view import ClusterView, WorkerState, WorkerView
 from tandem.cancelling import heed_cancellation
 from tandem.v1 import cluster_pb2 as pb
@@ -54,6 +54,8 @@ def worker_from_pb(report: pb.WorkerReport, age_s: float) -> WorkerView:
         running=report.running,
         waiting=report.waiting,
         waiting_tokens=report.waiting_tokens,
+        context_tokens=report.context_tokens,
+        step_cost=fit_from_pb(report.step_cost).cost if report.HasField("step_cost") else None,
         blocks_total=report.blocks.total,
         blocks_free=report.blocks.free,
         blocks_cached=report.blocks.cached,

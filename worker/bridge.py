@@ -15,8 +15,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from core.clock import Clock
+from core.cost_model import Fit, StepShape
 from core.errors import InternalError, OverloadedError, TandemError
 from core.request import AttemptKey
+from core.step_learner import StepLearner
 from core.telemetry import STEP_SECONDS, Histogram
 from engine.loop import StepLoop
 from engine.output import EngineLoad, StepOutput
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 INBOX_MAX = 4096
 MEMORY_RETRY_S = 0.01
+STEPS_REMEMBERED = 512
 
 
 Work = Callable[[StepLoop, float], None]
@@ -46,6 +49,8 @@ class EngineThread:
         self.load: EngineLoad = loop.load()
         self.step_s = Histogram(STEP_SECONDS)
         self.computed_tokens = 0
+        self._steps: deque[tuple[StepShape, float]] = deque(maxlen=STEPS_REMEMBERED)  # not yet learned from
+        self._learner = StepLearner()
         self._loop = loop
         self._on_output: Callable[[StepOutput, float], None] = _nobody
         self._clock = clock
@@ -76,6 +81,12 @@ class EngineThread:
             if not self._stopping:
                 self._inbox.append(_Command(lambda loop, _: loop.cancel(key), None))
                 self._wake.notify()
+
+    def step_cost(self) -> Fit | None:
+        """What steps cost here, learned from those that ran; None before enough did."""
+        while self._steps:
+            self._learner.observe(*self._steps.popleft())
+        return self._learner.fit()
 
     def poke(self) -> None:
         """Memory became free: what waits for it is tried again now. Any thread may call it."""
@@ -165,7 +176,9 @@ class EngineThread:
         output = self._loop.step(started)
         self.load = self._loop.load()
         if output.num_tokens:
-            self.step_s.observe(self._clock.now() - started)
+            took_s = self._clock.now() - started
+            self.step_s.observe(took_s)
+            self._steps.append((output.shape, took_s))
             self.computed_tokens += output.num_tokens
         if _says_something(output):
             self._cross(self._on_output, output, started)

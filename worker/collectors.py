@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from prometheus_client.core import Metric
 
@@ -34,11 +35,21 @@ class WorkerMetrics:
         yield gauge("tandem_engine_waiting_tokens", "Prompt tokens not yet computed.", load.waiting_tokens)
         yield counter("tandem_engine_computed_tokens_total", "Tokens computed, prompts included.", engine.computed_tokens)
         yield histogram_family("tandem_engine_step_seconds", "Duration of engine steps.", [(engine.step_s, {})])
+        yield from self._step_cost()
         yield counter("tandem_worker_tokens_total", "Generated tokens sent to routers.", self._links.tokens_sent)
         yield from self._blocks()
         yield gauge("tandem_worker_attempts", "Attempts that live here.", len(self._links.table))
         outcomes = [((name,), self._links.outcomes[name]) for name in OUTCOMES]
         yield counters("tandem_worker_attempts_total", "Attempts by how they ended here.", ("outcome",), outcomes)
+
+    def _step_cost(self) -> Iterable[Metric]:
+        fit = self._engine.step_cost()
+        if fit is None:
+            return
+        terms = [((name.removesuffix("_s"),), value) for name, value in asdict(fit.cost).items()]
+        yield gauges("tandem_engine_step_cost_seconds", "What a step costs, learned, per unit of each term.", ("term",), terms)
+        errors = [(("0.5",), fit.median_error), (("0.9",), fit.p90_error)]
+        yield gauges("tandem_engine_step_cost_error", "Relative error of that on the steps seen.", ("quantile",), errors)
 
     def _blocks(self) -> Iterable[Metric]:
         counts = self._inventory.counts()

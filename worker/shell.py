@@ -70,6 +70,10 @@ class Parts(Protocol):
 
     def registrations(self, session: SessionServicer) -> list[Registration]: ...
 
+    def started(self) -> None:
+        """The server listens: `Base.grpc_address` is known."""
+        ...
+
     def on_step(self, output: StepOutput, started: float) -> None: ...
 
     def tick(self) -> None:
@@ -156,6 +160,7 @@ class _Shell:
         try:
             async with self._listening(base, parts) as (server, metrics):
                 self._server = server
+                parts.started()
                 self._measure = lambda facts: _measured(facts, base, parts)
                 self._say(
                     {
@@ -245,6 +250,8 @@ def _measured(facts: Facts, base: Base, parts: Parts) -> Facts:
         running=load.running,
         waiting=load.waiting + parts.pending(),
         waiting_tokens=load.waiting_tokens,
+        context_tokens=load.context_tokens,
+        step_cost=base.engine.step_cost(),
     )
 
 

@@ -34,7 +34,7 @@ class BlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., active: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "sequence", "state", "pid", "node", "host_id", "grpc_address", "metrics_address", "http_address", "blocks", "leases_open", "running", "waiting", "waiting_tokens", "layout", "model", "progress", "detail")
+    __slots__ = ("worker_id", "role", "epoch", "sequence", "state", "pid", "node", "host_id", "grpc_address", "metrics_address", "http_address", "blocks", "leases_open", "running", "waiting", "waiting_tokens", "layout", "model", "progress", "detail", "context_tokens", "step_cost")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,8 @@ class WorkerReport(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_COST_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: _common_pb2.WorkerRole
     epoch: int
@@ -75,7 +77,29 @@ class WorkerReport(_message.Message):
     model: ModelInfo
     progress: float
     detail: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., host_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., http_address: _Optional[str] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., leases_open: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., progress: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...
+    context_tokens: int
+    step_cost: StepCost
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., host_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., http_address: _Optional[str] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., leases_open: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., progress: _Optional[float] = ..., detail: _Optional[str] = ..., context_tokens: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ...) -> None: ...
+
+class StepCost(_message.Message):
+    __slots__ = ("base_s", "prefill_token_s", "prefill_pair_s", "decode_row_s", "decode_context_s", "samples", "median_error", "p90_error")
+    BASE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_PAIR_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_ROW_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    MEDIAN_ERROR_FIELD_NUMBER: _ClassVar[int]
+    P90_ERROR_FIELD_NUMBER: _ClassVar[int]
+    base_s: float
+    prefill_token_s: float
+    prefill_pair_s: float
+    decode_row_s: float
+    decode_context_s: float
+    samples: int
+    median_error: float
+    p90_error: float
+    def __init__(self, base_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., prefill_pair_s: _Optional[float] = ..., decode_row_s: _Optional[float] = ..., decode_context_s: _Optional[float] = ..., samples: _Optional[int] = ..., median_error: _Optional[float] = ..., p90_error: _Optional[float] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "max_model_len", "vocab_size", "path")

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from core import wire
 from core.blocks import BlockRecord, Closing, KvLayout, KvSource, KvTicket
+from core.cost_model import Fit, StepCost
 from core.errors import InvalidRequestError
 from core.request import AttemptKey, AttemptTiming, FinishReason, TokenEvent, WorkerRole, WorkItem
 from tandem.sampling import SamplingParams
-from tandem.v1 import common_pb2, kv_pb2
+from tandem.v1 import cluster_pb2, common_pb2, kv_pb2
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
@@ -130,3 +131,24 @@ def test_a_work_item_that_cannot_be_one_is_refused(message, says):
 def test_a_key_of_another_length_is_refused():
     with pytest.raises(InvalidRequestError, match="16 bytes"):
         wire.record_from_pb(kv_pb2.BlockRecord(key=b"short"))
+
+
+costs = st.builds(StepCost, *[st.floats(1e-9, 1e3)] * 5)
+
+
+@given(st.builds(Fit, costs, u32, seconds, seconds))
+def test_fits_come_back_equal(fit):
+    assert wire.fit_from_pb(wire.fit_to_pb(fit)) == fit
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_steps_that_cannot_cost_that_are_refused(bad):
+    message = wire.fit_to_pb(Fit(StepCost(1, 1, 1, 1, 1), 5, 0.0, 0.0))
+    message.decode_row_s = bad
+    with pytest.raises(InvalidRequestError, match="a step cannot cost"):
+        wire.fit_from_pb(message)
+
+
+def test_a_step_that_costs_nothing_is_refused():
+    with pytest.raises(InvalidRequestError, match="all zero"):
+        wire.fit_from_pb(cluster_pb2.StepCost())
