@@ -95,6 +95,8 @@ class StoreConfig(_Branch):
     """Workers offer finished blocks to the store node of their host."""
     fetch: bool = True
     """Workers look for blocks elsewhere before they compute them."""
+    fetch_always: bool = False
+    """Fetch what can be had also where computing it is predicted to be quicker: spares compute, not time."""
     fetch_timeout_s: float = Field(1.0, gt=0)
     """How long a prompt waits for blocks from elsewhere before it is computed."""
     directory_ttl_s: float = Field(10.0, gt=0)

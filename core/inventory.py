@@ -302,6 +302,11 @@ class Inventory(BlockTable):
         with self._lock:
             return self._key[block]
 
+    def tenant_of(self, block: int) -> bytes:
+        """Whom a committed block is charged to."""
+        with self._lock:
+            return self._tenant[block]
+
     def tenants(self) -> dict[bytes, int]:
         """Committed blocks by tenant; empty without shares."""
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -105,8 +105,11 @@ class Ingests:
         self._reservations[item.key] = Reservation(item, plan, self._clock.now() + self._reservation_s)
         return len(found) * size
 
-    def pull(self, key: AttemptKey, ticket: KvTicket) -> None:
-        """Starts filling a reservation. Raises UnavailableError when there is none, or it is being filled already."""
+    def pull(self, key: AttemptKey, ticket: KvTicket) -> Sequence[BlockKey]:
+        """Starts filling a reservation, and says with which keys.
+
+        Raises UnavailableError when there is none, or it is being filled already.
+        """
         reservation = self._reservations.get(key)
         if reservation is None or reservation.pulling is not None or ticket.key != key:
             raise UnavailableError(f"nothing is reserved here for {key}, or it is being filled already")
@@ -114,6 +117,7 @@ class Ingests:
         reservation.pulling = task
         self._pulls.add(task)
         task.add_done_callback(partial(self._pulled, reservation))
+        return reservation.plan.keys
 
     def drop(self, key: AttemptKey) -> None:
         """Gives a reservation up. Blocks that are being written into follow when the transport has let go of them."""

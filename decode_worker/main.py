@@ -15,40 +15,28 @@ from decode_worker.ingest import Ingests
 from decode_worker.role import DecodeRole
 from decode_worker.service import DecodeHandler
 from engine.output import StepOutput
-from kvtransfer.channels import Channels
 from kvtransfer.codec import LOSSY
-from kvtransfer.collective_end import open_collective
-from kvtransfer.plane import build_fetcher
 from kvtransfer.puller import Puller
 from tandem.v1 import decode_pb2_grpc
 from worker.collectors import counters, gauge
 from worker.colocated import ColocatedRole
+from worker.kv_plane import KvPlane
 from worker.session import SessionServicer
 from worker.shell import Base, WorkerInfo, WorkerKind, run_worker
 
 
 class DecodeParts:
-    """What makes a worker a decode worker: reservations, and the transports that fill them."""
+    """What makes a worker a decode worker: reservations, and the pulls that fill them."""
 
     def __init__(self, base: Base) -> None:
         spec, node, clock = base.spec, base.node, base.clock
         config = spec.config
-        self._channels = Channels()
-        self._collective = open_collective(config.transfer, node.arena, spec.listen)
-        self._fetcher = build_fetcher(
-            config.transfer,
-            node.arena.bytes_view(),
-            node.layout,
-            self._channels,
-            clock,
-            base.host_id,
-            collective=self._collective,
-        )
+        self._kv = KvPlane(base)
         self._puller = Puller(
             node.layout,
             node.inventory,
-            self._fetcher,
-            self._channels,
+            self._kv.fetcher,
+            self._kv.channels,
             config.transfer,
             clock,
             puller_id=spec.worker_id,
@@ -56,24 +44,37 @@ class DecodeParts:
         lossy = config.transfer.codec if config.transfer.codec in LOSSY else ""
         self._ingests = Ingests(self._puller, node.inventory, node.root_key, config.engine, clock, lossy=lossy)
         self.handler = DecodeHandler(
-            base.engine, base.links, self._ingests, node.inventory, node.root_key, clock, config.engine.max_running
+            base.engine,
+            base.links,
+            self._ingests,
+            self._kv,
+            node.inventory,
+            node.root_key,
+            clock,
+            config.engine.max_running,
         )
         self._ingests.bind(self.handler)
 
     def registrations(self, session: SessionServicer) -> list[Registration]:
-        return [Registration("tandem.v1.Decode", decode_pb2_grpc.add_DecodeServicer_to_server, session)]
+        mine = Registration("tandem.v1.Decode", decode_pb2_grpc.add_DecodeServicer_to_server, session)
+        return [mine, *self._kv.registrations()]
+
+    def started(self) -> None:
+        self._kv.started()
 
     def on_step(self, output: StepOutput, started: float) -> None:
         self.handler.on_step(output, started)
+        self._kv.on_step(output)
 
     def tick(self) -> None:
         self._ingests.expire()
+        self._kv.tick()
 
     def pending(self) -> int:
-        return len(self._ingests)
+        return len(self._ingests) + len(self._kv.arrivals)
 
     def collect(self) -> Iterable[Metric]:
-        transfers, stats = self.handler.transfers, self._fetcher.stats
+        transfers = self.handler.transfers
         yield gauge("tandem_kv_reservations", "Hand-offs that memory is set aside for.", len(self._ingests))
         yield histogram_family(
             "tandem_kv_transfer_seconds", "Time in transports per hand-off taken in.", [(transfers.seconds, {})]
@@ -84,35 +85,14 @@ class DecodeParts:
             [(transfers.exposed_s, {})],
         )
         yield histogram_family("tandem_kv_transfer_bytes", "Bytes moved per hand-off.", [(transfers.bytes, {})])
-        by_name = [((name,), count) for name, count in stats.bytes.items()]
-        yield counters("tandem_kv_transferred_bytes_total", "Bytes moved, by transport.", ("transport",), by_name)
-        yield counters(
-            "tandem_kv_transport_fallbacks_total",
-            "Pulls that went on over another transport.",
-            ("failed", "next"),
-            stats.fallbacks.items(),
-        )
-        yield counters(
-            "tandem_kv_encoded_blocks_total",
-            "Blocks that crossed a network through a codec.",
-            ("transport", "codec"),
-            stats.encoded_blocks.items(),
-        )
-        yield counters(
-            "tandem_kv_encoded_bytes_total", "What crossed it of those.", ("transport", "codec"), stats.encoded_bytes.items()
-        )
-        damaged = [((codec,), count) for codec, count in stats.damaged.items()]
-        yield counters("tandem_kv_damaged_encodings_total", "Pulls repeated raw, by codec.", ("codec",), damaged)
         failures = [((code,), count) for code, count in self._puller.stats.failures.items()]
         yield counters("tandem_kv_transfer_failures_total", "Hand-offs that failed, by error code.", ("code",), failures)
+        yield from self._kv.collect()
 
     async def close(self) -> None:
         await self._ingests.close()
         await self._puller.close()
-        await self._fetcher.close()
-        if self._collective is not None:
-            await self._collective.close()
-        await self._channels.close()
+        await self._kv.close()
 
 
 DECODE = WorkerKind(role=lambda config: DecodeRole(), assemble=DecodeParts)

@@ -17,6 +17,7 @@ from engine.loop import StepLoop
 from engine.output import StepOutput
 from kvtransfer.puller import IngestResult
 from worker.bridge import EngineThread
+from worker.kv_plane import KvPlane
 from worker.links import RouterLinks
 from worker.messages import GenerateLocal, Joined, OpenHandoff, Opening, PrefillDone, Reserve, Reserved
 
@@ -49,6 +50,7 @@ class DecodeHandler:
         engine: EngineThread,
         links: RouterLinks,
         ingests: Ingests,
+        kv: KvPlane,
         inventory: Inventory,
         root_key: Callable[[bytes, str], BlockKey],
         clock: Clock,
@@ -58,6 +60,7 @@ class DecodeHandler:
         self._engine = engine
         self._links = links
         self._ingests = ingests
+        self._kv = kv
         self._inventory = inventory
         self._root_key = root_key
         self._clock = clock
@@ -71,22 +74,23 @@ class DecodeHandler:
             case Reserve(item):
                 self._reserve(item)
             case GenerateLocal(item):
-                self._engine.call(partial(_submit, item), partial(self._submitted, item.key, None))
+                self._kv.arrivals.admit(item, self._enter, self._failed)
             case _:
                 raise InvalidRequestError("a decode worker hands no prompts over; send StartPrefill to a prefill worker")
 
     def open_handoff(self, command: OpenHandoff) -> None:
-        self._ingests.pull(command.key, command.ticket)
+        self._kv.leave_to_others(self._ingests.pull(command.key, command.ticket))
 
     def cancel(self, key: AttemptKey) -> None:
         self._ingests.drop(key)
+        self._kv.arrivals.cancel(key)
         self._landed.pop(key, None)
         self._engine.cancel(key)
 
     def _reserve(self, item: WorkItem) -> None:
         """Answered at once, yes or no: a reservation never waits for memory or for a place in the batch."""
         load = self._engine.load
-        if load.running + load.waiting + len(self._ingests) >= self._max_running:
+        if load.running + load.waiting + len(self._ingests) + len(self._kv.arrivals) >= self._max_running:
             self._refuse(item.key, f"{self._max_running} requests run here already")
             return
         try:
@@ -122,6 +126,12 @@ class DecodeHandler:
 
     def lost(self, key: AttemptKey, error: TandemError) -> None:
         self._links.fail(key, error)
+
+    def _enter(self, item: WorkItem) -> None:
+        self._engine.call(partial(_submit, item), partial(self._submitted, item.key, None))
+
+    def _failed(self, key: AttemptKey, error: TandemError) -> None:
+        self._submitted(key, None, error)
 
     def _submitted(self, key: AttemptKey, blocks: list[int] | None, error: TandemError | None) -> None:
         """The engine took the item, and the blocks with it, or took nothing."""

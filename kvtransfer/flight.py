@@ -62,6 +62,8 @@ class Ground:
     clock: Clock
     compute_block_s: Callable[[], float]
     """What computing one block takes here; `inf`: fetch whatever can be had."""
+    from_store: Callable[[Sequence[BlockKey]], None] = lambda keys: None
+    """Hears of blocks that came from a store."""
     costs: LinkCosts = field(default_factory=LinkCosts)
     stats: ResidentStats = field(default_factory=ResidentStats)
 
@@ -198,9 +200,12 @@ class Flight:
             log.warning("blocks of %s are not used: %s", holder.worker_id, error.message)
             return 0
         for r, block in zip(records, dest_blocks, strict=True):
-            self._blocks[places[r.index]] = ground.inventory.commit(block, r.key, r.digest)
+            self._blocks[places[r.index]] = ground.inventory.commit(block, r.key, r.digest, tenant=self._tenant)
             self.pending.discard(r.key)
-        source = "store" if record.role is WorkerRole.STORE else "peer", holder.tier.name.lower()
+        stored = record.role is WorkerRole.STORE
+        if stored:
+            ground.from_store([r.key for r in records])
+        source = "store" if stored else "peer", holder.tier.name.lower()
         ground.stats.blocks[source] += len(records)
         ground.stats.bytes[source] += result.bytes
         self._tell()

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from core.blocks import BlockKey
 from kvtransfer.directory import Tier
 from kvtransfer.flight import Flight, Ground, ResidentStats
-from kvtransfer.holds import find
 from kvtransfer.link_costs import ASSUMED
 
-LOOKUP_S = 0.001
-"""What asking the directory is taken to cost."""
+ASKING_S = 0.001 + ASSUMED[True, Tier.DRAM].latency_s
+"""What asking the directory, and then the best of sources, is taken to cost."""
 
 
 class Resident:
@@ -31,15 +30,16 @@ class Resident:
     def stats(self) -> ResidentStats:
         return self._ground.stats
 
+    def may_pay(self, blocks: int) -> bool:
+        """Whether asking others for so many blocks can pay at all."""
+        return self._company() and blocks * self._ground.compute_block_s() > ASKING_S
+
     def worth_asking(self, keys: Sequence[BlockKey]) -> bool:
         """Whether `ensure` would look elsewhere: somebody else is there, and what is missing takes longer to compute than
         to ask for. Takes microseconds, so that prompts that gain nothing lose nothing."""
-        if not keys or not self._company():
-            return False
         found = self._ground.inventory.match(keys)
         self._ground.inventory.release(found)
-        asking_s = LOOKUP_S + ASSUMED[True, Tier.DRAM].latency_s
-        return (len(keys) - len(found)) * self._ground.compute_block_s() > asking_s
+        return len(found) < len(keys) and self.may_pay(len(keys) - len(found))
 
     async def ensure(self, keys: Sequence[BlockKey], tenant: bytes, deadline_s: float) -> list[int]:
         """The blocks of the longest prefix of `keys` that is here within `deadline_s`, a reference on each for the caller.
@@ -48,7 +48,7 @@ class Resident:
         """
         inventory, stats, clock = self._ground.inventory, self._ground.stats, self._ground.clock
         started = clock.now()
-        found = find(inventory, keys)
+        found = inventory.find(keys)
         local = next((place for place, block in enumerate(found) if block is None), len(keys))
         missing = [key for key, block in zip(keys, found, strict=True) if block is None]
         try:

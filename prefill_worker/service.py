@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
-from core.blocks import KvLayout, KvSource, KvTicket
+from core.blocks import KvLayout, KvTicket
 from core.errors import InvalidRequestError, TandemError
 from core.request import AttemptKey, WorkItem
 from engine.loop import StepLoop
-from kvtransfer.exports import Exports
 from prefill_worker.publish import Publisher
 from worker.bridge import EngineThread
+from worker.kv_plane import KvPlane
 from worker.links import RouterLinks
 from worker.messages import Opened, OpenHandoff, Opening, StartPrefill
 
 
 class PrefillHandler:
-    """Admits prompts, opens their hand-offs, cancels both. `source()` says where this worker's blocks can be read."""
+    """Admits prompts, opens their hand-offs, cancels both."""
 
     def __init__(
         self,
         engine: EngineThread,
         links: RouterLinks,
-        exports: Exports,
+        kv: KvPlane,
         publisher: Publisher,
-        source: Callable[[], KvSource],
         layout: KvLayout,
         lease_s: float,
         codec: str,
     ) -> None:
         self._engine = engine
         self._links = links
-        self._exports = exports
+        self._kv = kv
         self._publisher = publisher
-        self._source = source
         self._layout = layout
         self._lease_s = lease_s
         self._codec = codec
@@ -43,22 +40,26 @@ class PrefillHandler:
         if not isinstance(command, StartPrefill):
             raise InvalidRequestError("a prefill worker takes prompts to hand over (StartPrefill) and nothing else")
         item = command.item
-        self._exports.open(item.key, self._lease_s)
+        self._kv.exports.open(item.key, self._lease_s)
         self._publisher.computing.add(item.key)
-        self._engine.call(partial(_submit, item), partial(self._admitted, item.key))
+        self._kv.arrivals.admit(item, self._enter, self._admitted)
 
     def open_handoff(self, command: OpenHandoff) -> None:
         raise InvalidRequestError("a prefill worker hands blocks over; it takes none")
 
     def cancel(self, key: AttemptKey) -> None:
         self._publisher.computing.discard(key)
-        self._exports.revoke(key, "the attempt was cancelled")
+        self._kv.arrivals.cancel(key)
+        self._kv.exports.revoke(key, "the attempt was cancelled")
         self._engine.cancel(key)
+
+    def _enter(self, item: WorkItem) -> None:
+        self._engine.call(partial(_submit, item), partial(self._admitted, item.key))
 
     def _admitted(self, key: AttemptKey, error: TandemError | None) -> None:
         """The engine took it (its first step may be running already) or refused it."""
         if error is None:
-            self._links.send(Opened(key, KvTicket(key, self._layout, self._source(), self._lease_s, self._codec)))
+            self._links.send(Opened(key, KvTicket(key, self._layout, self._kv.source(), self._lease_s, self._codec)))
             return
         self._links.fail(key, error)
         self.cancel(key)
