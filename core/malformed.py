@@ -20,7 +20,7 @@ class RefuseMalformed(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Parses single requests itself, so that invalid UTF-8 or a damaged message ends the call with INVALID_ARGUMENT.
 
     gRPC alone would answer UNKNOWN and log a stack trace for each. Streamed requests, which come from peers of ours, are
-    left alone.
+    left alone. A handler that yields its responses may yield them serialised.
     """
 
     async def intercept_service(
@@ -32,10 +32,15 @@ class RefuseMalformed(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler.unary_unary is not None and inspect.iscoroutinefunction(handler.unary_unary):
             return grpc.unary_unary_rpc_method_handler(_whole(handler), None, handler.response_serializer)
         if handler.unary_stream is not None and inspect.isasyncgenfunction(handler.unary_stream):
-            return grpc.unary_stream_rpc_method_handler(_streamed(handler), None, handler.response_serializer)
+            return grpc.unary_stream_rpc_method_handler(_streamed(handler), None, _unless_bytes(handler.response_serializer))
         if handler.unary_stream is not None and inspect.iscoroutinefunction(handler.unary_stream):
             return grpc.unary_stream_rpc_method_handler(_written(handler), None, handler.response_serializer)
         return handler
+
+
+def _unless_bytes(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Answers that are a message's bytes already are sent as they are: copies less of what is large."""
+    return lambda message: message if isinstance(message, bytes) else serialize(message)
 
 
 def _whole(handler: Any) -> Callable[[bytes, Context], Awaitable[Any]]:

@@ -9,7 +9,7 @@ import grpc
 from core.blocks import KvSource
 from core.service import KEEPALIVE_OPTIONS
 from kvtransfer.reading import CHUNK_BYTES
-from tandem.v1 import kv_pb2_grpc
+from tandem.v1 import kv_pb2, kv_pb2_grpc
 
 _OPTIONS = (
     *KEEPALIVE_OPTIONS,
@@ -31,6 +31,10 @@ class Channels:
     def stub(self, source: KvSource) -> kv_pb2_grpc.KvStub:
         """The Kv service of `source`, dialled on first use. Channels to other incarnations at its address are closed."""
         return kv_pb2_grpc.KvStub(self._channel(source))  # type: ignore[no-untyped-call]
+
+    def raw_read(self, source: KvSource) -> grpc.aio.UnaryStreamMultiCallable[kv_pb2.ReadRequest, bytes]:
+        """`stub(source).Read` whose responses stay the bytes that came."""
+        return self._channel(source).unary_stream("/tandem.v1.Kv/Read", request_serializer=kv_pb2.ReadRequest.SerializeToString)
 
     def collective(self, source: KvSource) -> kv_pb2_grpc.KvCollectiveStub:
         return kv_pb2_grpc.KvCollectiveStub(self._channel(source))  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from core.blocks import BlockRecord, KvSource
 from core.errors import TransferError
@@ -22,6 +23,7 @@ from kvtransfer.codecs import Codec, Codecs
 from kvtransfer.copier import settled
 from kvtransfer.encoded import Encoding, check_length, decode_block
 from kvtransfer.encoding_error import EncodingError
+from kvtransfer.raw_chunk import data_of
 from kvtransfer.rpc import transfer_error
 from kvtransfer.service import READ_BLOCKS_MAX
 from kvtransfer.transport import PullResult, check_places, check_request
@@ -61,7 +63,7 @@ class GrpcTransport:
                         codec="" if made is None else codec,
                     )
                     if made is None:
-                        await self._read(source, request, _Sink(self._dest, records[part], dest_blocks[part], self._digest))
+                        await self._read_raw(source, request, _Sink(self._dest, records[part], dest_blocks[part], self._digest))
                         continue
                     sink = _DecodingSink(made, self._dest, records[part], dest_blocks[part], self._digest)
                     await self._read(source, request, sink)
@@ -87,14 +89,22 @@ class GrpcTransport:
         """The channels are their owner's to close."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _read(self, source: KvSource, request: kv_pb2.ReadRequest, sink: _Sink | _DecodingSink) -> None:
+    async def _read_raw(self, source: KvSource, request: kv_pb2.ReadRequest, sink: _Sink) -> None:
+        call = self._channels.raw_read(source)(request, timeout=self._timeout_s)
+        try:
+            async for message in call:
+                sink.write(data_of(message))
+        except DecodeError:
+            raise TransferError(f"{source.worker_id} sent something else than a chunk of blocks") from None
+        finally:
+            call.cancel()  # nothing once it has ended
+        sink.end()
+
+    async def _read(self, source: KvSource, request: kv_pb2.ReadRequest, sink: _DecodingSink) -> None:
         call = self._channels.stub(source).Read(request, timeout=self._timeout_s)
         try:
             async for chunk in call:
-                if isinstance(sink, _Sink):
-                    sink.write(chunk.data)
-                else:
-                    await self._in_thread(sink, chunk)
+                await self._in_thread(sink, chunk)
         finally:
             call.cancel()  # nothing once it has ended
         sink.end()
@@ -122,7 +132,7 @@ class _Sink:
         self._place = 0
         self._filled = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: memoryview) -> None:
         left = np.frombuffer(data, np.uint8)
         while left.size:
             if self._place == len(self._records):

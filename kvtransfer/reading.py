@@ -15,6 +15,7 @@ from core.errors import DigestMismatchError
 from kvtransfer.arena import Arena
 from kvtransfer.codecs import Codec
 from kvtransfer.encoded import Encoding, check_before, encode_blocks
+from kvtransfer.raw_chunk import data_head
 from kvtransfer.transport import BlocksGoneError
 from tandem.v1 import kv_pb2
 
@@ -22,7 +23,7 @@ CHUNK_BYTES = 2**20
 
 
 def read_spans(arena: Arena, records: Sequence[BlockRecord], chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The blocks' bytes in the order of `records`, in chunks of `chunk_bytes`, the last one shorter."""
+    """The blocks' bytes in the order of `records`, `chunk_bytes` to a ReadChunk message, fewer in the last."""
     size = arena.block_bytes
     blocks = arena.bytes_view()
     for start in range(0, len(records) * size, chunk_bytes):
@@ -33,7 +34,7 @@ def read_spans(arena: Arena, records: Sequence[BlockRecord], chunk_bytes: int = 
         views[-1] = views[-1][: stop - last * size]
         views[0] = views[0][start - first * size :]
         _check_generations(arena, touched)
-        chunk = b"".join(views)
+        chunk = b"".join([data_head(stop - start), *views])
         _check_generations(arena, touched)
         yield chunk
 

@@ -59,13 +59,13 @@ class KvServicer(kv_pb2_grpc.KvServicer):
         finally:
             self._exports.unfollow(follower)
 
-    async def Read(self, request: kv_pb2.ReadRequest, context: _ReadContext) -> AsyncIterator[kv_pb2.ReadChunk]:
+    async def Read(self, request: kv_pb2.ReadRequest, context: _ReadContext) -> AsyncIterator[kv_pb2.ReadChunk | bytes]:
         try:
             records = self._readable(request, context)
             codec = self._exports.codecs.find(request.codec or RAW)
             if codec is None:
                 for chunk in read_spans(self._exports.arena, records):
-                    yield kv_pb2.ReadChunk(data=chunk)
+                    yield chunk
                 return
             async for encoded in read_encoded(self._exports.arena, records, codec):
                 yield encoded

@@ -13,6 +13,7 @@ from core.errors import DigestMismatchError, TransferError
 from kvtransfer.arena import HostArena
 from kvtransfer.codec import digest_of
 from kvtransfer.copier import INLINE_BYTES_MAX, Copier, CopyJob, Memory
+from kvtransfer.raw_chunk import data_of
 from kvtransfer.reading import read_spans
 from kvtransfer.transport import BlocksGoneError
 
@@ -82,7 +83,7 @@ def test_a_copy_told_to_stop_stops_at_a_span(arena):
 @pytest.mark.parametrize("chunk_bytes", [1000, 600_000, 1_000_000, 2_400_000, 10**8])
 def test_reading_in_chunks_gives_every_byte_in_order(arena, chunk_bytes):
     records = offer(arena, [5, 1, 2, 7])
-    chunks = list(read_spans(arena, records, chunk_bytes))
+    chunks = [bytes(data_of(message)) for message in read_spans(arena, records, chunk_bytes)]
     assert b"".join(chunks) == arena.bytes_view()[[5, 1, 2, 7]].tobytes()
     assert all(len(chunk) == chunk_bytes for chunk in chunks[:-1])
     assert list(read_spans(arena, [], chunk_bytes)) == []
