@@ -162,12 +162,16 @@ class KvNode:
                 bad += [blocks[b] for b, digest in zip(known, digests, strict=True) if digest != self.inventory.digest(b)]
             finally:
                 self.inventory.release([block for block in found if block is not None])
-        if bad:
-            log.warning("%d of %d blocks are not what their digests say; they are dropped", len(bad), checked)
-        self.counts.digest_failures += len(bad)
-        self._condemned.update(bad)
-        self.sweep()
+        self.condemn(bad)
         return Verified(checked, len(bad))
+
+    def condemn(self, keys: Sequence[BlockKey]) -> None:
+        """Blocks that are not what their digests say: dropped now, or when they are let go."""
+        if keys:
+            log.warning("%d blocks in memory are not what their digests say; they are dropped", len(keys))
+        self.counts.digest_failures += len(keys)
+        self._condemned.update(keys)
+        self.sweep()
 
     def sweep(self) -> None:
         """To be called a few times per second: drops blocks that failed their digest and are held by nobody any more."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from core.blocks import BlockKey, KvLayout
@@ -18,6 +18,7 @@ from core.config import StoreConfig
 from core.errors import ConfigError, OutOfBlocksError, TransferError
 from core.inventory import Inventory
 from kvtransfer.arena import Arena
+from kvtransfer.codec import NO_DIGEST, digest_of
 from kvtransfer.disk import DiskOptions, DiskTier
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class StoreDisk:
         self.tier = tier
         self.forgotten = 0
         """Blocks that were never written because too many waited, or they were evicted before their turn."""
+        self.spoiled: Callable[[BlockKey], None] = lambda key: None
+        """Hears of a block in memory that is not what its digest says. Written, it would come back with a digest that fits."""
         self._arena = arena
         self._inventory = inventory
         self._off = off
@@ -100,6 +103,11 @@ class StoreDisk:
             await self._write()
             await self._wake.wait()
 
+    async def flush(self) -> bool:
+        """Waits until all that was accepted is written or given up; False when that takes too long."""
+        await self._write()
+        return self.tier is None or await self.tier.flush()
+
     async def close(self) -> None:
         """Hands over what still waits, as far as the writer takes it, then closes the tier."""
         if self.tier is None:
@@ -148,10 +156,15 @@ class StoreDisk:
         if block is None:
             self.forgotten += 1
             return True
+        span, digest = self._arena.bytes_view()[block], self._inventory.digest(block)
         try:
-            return self.tier.put(key, self._arena.bytes_view()[block])
+            whole = digest == NO_DIGEST or digest_of(span) == digest
+            if whole:
+                return self.tier.put(key, span)
         finally:
             self._inventory.release([block])
+        self.spoiled(key)
+        return True
 
     def _is_off(self) -> bool:
         return self.tier is None or bool(self.off)

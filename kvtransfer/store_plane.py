@@ -102,6 +102,7 @@ async def open_plane(
         fetcher = _fetcher(config, layout, arena, clock, host_id, stack)
         source = _reachable(spec, arena, exports, host_id, grpc_address, stack)
         node = KvNode(exports, inventory, layout, source, WorkerRole.STORE, config.store.policy)
+        disk.spoiled = lambda key: node.condemn([key])
         return StorePlane(layout, arena, inventory, exports, fetcher, disk, node, stack.pop_all())
 
 

@@ -9,6 +9,7 @@ import pytest
 from store_rig import LAYOUT, bytes_of, keys_of, outcome, store_end, store_spec, worker_end
 from transport_suite import until
 
+from kvtransfer.codec import digest_of
 from tandem.v1 import kv_pb2
 
 DRAM, DISK = kv_pb2.TIER_DRAM, kv_pb2.TIER_DISK
@@ -125,3 +126,20 @@ async def test_a_corrupted_block_on_disk_is_a_miss(tmp_path):
             got = await store.client.read(keys)
             assert got == {key: bytes_of(key).tobytes() for key in keys if key != keys[4]}
             assert (await store.client.stub.Stat(kv_pb2.StatRequest(), timeout=10)).digest_failures == 1
+
+
+async def test_a_block_that_rots_before_it_is_written_never_reaches_the_disk(tmp_path):
+    async with worker_end(tmp_path) as worker, store_end(store_spec(tmp_path, tmp_path / "disk")) as store:
+        await store.client.offer(worker, keys_of("a", 2))
+        plane, [good, bad] = store.node.plane, keys_of("b", 2)
+        blocks = plane.inventory.allocate(2)
+        for block, key in zip(blocks, (good, bad), strict=True):
+            plane.arena.bytes_view()[block] = bytes_of(key)
+            plane.inventory.commit(block, key, digest_of(bytes_of(key)))
+        plane.arena.bytes_view()[blocks[1], 3] ^= 1
+        plane.inventory.release(blocks)
+        plane.disk.accepted([good, bad])
+        assert await plane.disk.flush()
+        assert plane.disk.contains([good, bad]) == [True, False]
+        assert set(await store.client.read([good, bad])) == {good}
+        assert (await store.client.stub.Stat(kv_pb2.StatRequest(), timeout=10)).digest_failures == 1
