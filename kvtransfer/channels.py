@@ -34,7 +34,8 @@ class Channels:
 
     def raw_read(self, source: KvSource) -> grpc.aio.UnaryStreamMultiCallable[kv_pb2.ReadRequest, bytes]:
         """`stub(source).Read` whose responses stay the bytes that came."""
-        return self._channel(source).unary_stream("/tandem.v1.Kv/Read", request_serializer=kv_pb2.ReadRequest.SerializeToString)
+        serialize = kv_pb2.ReadRequest.SerializeToString
+        return self._channel(source).unary_stream("/tandem.v1.Kv/Read", serialize, response_deserializer=bytes)
 
     def collective(self, source: KvSource) -> kv_pb2_grpc.KvCollectiveStub:
         return kv_pb2_grpc.KvCollectiveStub(self._channel(source))  # type: ignore[no-untyped-call]
