@@ -111,5 +111,6 @@ class SharedQueue:
             counted[tenant] = counted.get(tenant, 0) + 1
         assert counted == self._charged, "tenants are charged for what is not committed, or not for what is"
         assert sum(map(len, self._own.values())) == len(self._all), "the queues of the tenants are not the queue of all"
+        assert all(map(len, self._own.values())), "a tenant with nothing idle has a queue"
         over = {tenant for tenant in self._own if counted.get(tenant, 0) > self._limit}
         assert over == self._over.keys(), "who is over its share is not known"
