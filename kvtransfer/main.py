@@ -15,7 +15,7 @@ from core.report import Facts, Reporter, WorkerState
 from core.service import GrpcServer, Registration, serve
 from core.telemetry import MetricsServer
 from kvtransfer.arena import host_id
-from kvtransfer.remote_directory import RemoteDirectory
+from kvtransfer.directory import open_directory
 from kvtransfer.store_announcer import StoreAnnouncer
 from kvtransfer.store_metrics import StoreMetrics
 from kvtransfer.store_node import StoreNode
@@ -66,7 +66,7 @@ class _Store:
 
     async def serve(self, stop: asyncio.Event, on_ready: Callable[[StoreInfo], None] | None) -> None:
         config = self._spec.config
-        directory = RemoteDirectory(self._spec.controller, timeout_s=config.store.directory_timeout_s)
+        directory = open_directory(config.store, config.redis, self._spec.controller)
         announcer = StoreAnnouncer(self._node, directory, config.store.directory_ttl_s, self._clock)
         try:
             async with self._listening(announcer) as (server, metrics):

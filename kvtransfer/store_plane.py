@@ -54,7 +54,7 @@ def disk_directory(spec: HostSpec) -> Path:
 
 def check_room(config: Config) -> None:
     """Before anything is stored: raises ConfigError, saying what is free, when shared memory cannot hold the store's part."""
-    if config.transfer.transport not in ("auto", "shm"):
+    if config.transfer.transport not in ("auto", "shm", "collective"):
         return
     directory, needed = config.transfer.shm_dir, int(config.store.dram_bytes)
     remove_stale(directory)
