@@ -10,6 +10,7 @@ from prometheus_client.core import Metric
 
 from core.blocks import BlockKey, KvSource
 from core.config import Config
+from core.samples import gauge
 from core.service import Registration
 from engine.output import StepOutput
 from kvtransfer.announcer import Announcer
@@ -65,7 +66,7 @@ class KvPlane:
         self._base = base
         self._tcp = open_tcp(config.transfer, self.exports, spec.listen)
         self._node = KvNode(self.exports, node.inventory, node.layout, self.source, spec.role)
-        self._company = False
+        self._peers = 0
         self._block_s: float | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._directory: Directory | None = None
@@ -128,6 +129,7 @@ class KvPlane:
         self._node.sweep()
 
     def collect(self) -> Iterable[Metric]:
+        yield gauge("tandem_kv_peers", "Nodes with blocks of this model that can be asked for them.", self._peers)
         yield from collect(self.fetcher.stats, self.resident, self.announcer, self.offerer)
 
     async def close(self) -> None:
@@ -169,7 +171,7 @@ class KvPlane:
                 self._compute_block_s,
                 self.leave_to_others,
             )
-            self.resident = Resident(ground, lambda: self._company)
+            self.resident = Resident(ground, lambda: self._peers > 0)
         self.announcer = Announcer(
             directory, node.inventory, self._record, store.directory_ttl_s, clock, added=self._added, met=self._met
         )
@@ -184,7 +186,7 @@ class KvPlane:
     def _met(self, nodes: Sequence[NodeRecord]) -> None:
         """Nobody is asked for blocks while nobody of this model is there, so that prompts lose no time over it."""
         here, layout = self._base.spec.worker_id, self._base.node.layout
-        self._company = any(node.source.worker_id != here and node.layout == layout for node in nodes)
+        self._peers = sum(node.source.worker_id != here and node.layout == layout for node in nodes)
         if self.offerer is not None and self.announcer is not None and self.offerer.met(nodes):
             self.announcer.again()  # a store that knows nothing of ours yet
 

@@ -73,12 +73,12 @@ class RunningWorker:
 
 
 @asynccontextmanager
-async def running(role: WorkerRole, name: str = "", **overrides: Any) -> AsyncIterator[RunningWorker]:
+async def running(role: WorkerRole, name: str = "", controller: str = NOBODY, **overrides: Any) -> AsyncIterator[RunningWorker]:
     """`overrides` are configuration paths with `__` for the dot."""
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     small = {"model.path": tiny_llama(), "engine.max_step_tokens": 32, "engine.kv_bytes": 2**20, "cluster.grace_s": 4.0}
     config = load(overrides={**small, **dotted})
-    spec = HostSpec(name or f"{role.value}-0", role, EPOCH, config, controller=NOBODY)
+    spec = HostSpec(name or f"{role.value}-0", role, EPOCH, config, controller=controller)
     stop = asyncio.Event()
     ready: asyncio.Future[WorkerInfo] = asyncio.get_running_loop().create_future()
     nodes: list[Any] = []
