@@ -41,16 +41,15 @@ def find_binary() -> Path:
 
 
 class RedisServer:
-    """One running server. `options` are lines of redis.conf as arguments: `("--requirepass", "secret")`.
+    """One running server. `options` are lines of redis.conf as arguments, `("--requirepass", "secret")`; `config` a whole file.
 
     Listens on a port of loopback (`port` 0 picks one) and keeps nothing on disk. Start it from a thread that outlives it.
     """
 
-    def __init__(self, directory: Path, *, port: int = 0, options: Sequence[str] = (), answers: bytes = b"+PONG") -> None:
-        """`answers`: how its reply to a PING begins when it is up; a server with a password says -NOAUTH."""
+    def __init__(self, directory: Path, port: int = 0, options: Sequence[str] = (), config: Path | None = None) -> None:
         self._directory = directory
         self._options = tuple(options)
-        self._answers = answers
+        self._config = [str(config)] if config else []
         self.port = port
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -105,7 +104,7 @@ class RedisServer:
             "--dir",
             str(self._directory),
         ]
-        command = [sys.executable, "-S", "-c", _TIED, str(find_binary()), *arguments, *self._options]
+        command = [sys.executable, "-S", "-c", _TIED, str(find_binary()), *self._config, *arguments, *self._options]
         with self._log.open("wb") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._process = process
@@ -122,7 +121,7 @@ class RedisServer:
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1.0) as connection:
                 connection.sendall(_PING)
-                return not self._answers or connection.recv(64).startswith(self._answers)
+                return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
             return False
 
@@ -135,10 +134,10 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def redis_server(port: int = 0, options: Sequence[str] = (), answers: bytes = b"+PONG") -> Iterator[RedisServer]:
+def redis_server(port: int = 0, options: Sequence[str] = (), config: Path | None = None) -> Iterator[RedisServer]:
     """A server in a directory of its own, gone at the end."""
     with tempfile.TemporaryDirectory(prefix="tandem-redis-") as directory:
-        server = RedisServer(Path(directory), port=port, options=options, answers=answers)
+        server = RedisServer(Path(directory), port, options, config)
         try:
             yield server
         finally:

@@ -115,15 +115,16 @@ class RedisDirectory:
         self._check_open()
         if not self._breaker.allows(self._clock.now()):
             raise DirectoryError(f"redis {self._name} did not answer lately; it is left alone for a moment")
-        nodes: dict[str, NodeRecord] = {}
+        known: dict[str, NodeRecord] = {}
         holders: list[tuple[Holder, ...]] = []
         for start in range(0, len(packed), LOCATE_KEYS * KEY_BYTES):
             piece = packed[start : start + LOCATE_KEYS * KEY_BYTES]
-            found = await self._watched(self._locate(piece, nodes))
+            found = await self._watched(self._locate(piece, known))
             holders += found
             if len(found) * KEY_BYTES < len(piece):
                 break
-        return Located(nodes, holders)
+        distinct = {id(held): held for held in holders}.values()
+        return Located({holder.worker_id: known[holder.worker_id] for held in distinct for holder in held}, holders)
 
     async def nodes(self) -> list[NodeRecord]:
         found = {}
@@ -171,16 +172,19 @@ class RedisDirectory:
 
     # ---- looking up ------------------------------------------------------------------------------------------------------
 
-    async def _locate(self, keys: bytes, nodes: dict[str, NodeRecord]) -> list[tuple[Holder, ...]]:
-        """Holders of the prefix of `keys` that is held; adds to `nodes`."""
+    async def _locate(self, keys: bytes, known: dict[str, NodeRecord]) -> list[tuple[Holder, ...]]:
+        """Holders of the prefix of `keys` that is held; adds to `known` the newest incarnation of each node that was met."""
         lookups = self._layout.lookup(keys)
         answers = await _all([self._read(shard, lookup) for shard, lookup in lookups.items()])
+        words_of = [_words(buckets, lookup.tags) for lookup, (buckets, _) in zip(lookups.values(), answers, strict=True)]
+        for shard, words, (_, records) in zip(lookups, words_of, answers, strict=True):
+            for record in (await self._complete(shard, set(words), records)).values():
+                name = record.source.worker_id
+                if name not in known or known[name].source.epoch < record.source.epoch:
+                    known[name] = record
         holders: list[tuple[Holder, ...]] = [()] * (len(keys) // KEY_BYTES)
-        for (shard, lookup), (buckets, records) in zip(lookups.items(), answers, strict=True):
-            words = _words(buckets, lookup.tags)
-            distinct = set(words)
-            await self._complete(shard, distinct, records)
-            resolved = {word: _holders(word, records, nodes) for word in distinct}
+        for lookup, words, (_, records) in zip(lookups.values(), words_of, answers, strict=True):
+            resolved = {word: _holders(word, records, known) for word in set(words)}
             for place, word in zip(lookup.places, words, strict=False):  # words end where this shard has no more
                 holders[place] = resolved[word]
         return holders[: holders.index(())] if () in holders else holders
@@ -191,11 +195,13 @@ class RedisDirectory:
         buckets, found = await self._link.read(prefix, lookup, RECORDS, numbers, self._timeout_s)
         return buckets, self._learn(shard, numbers, found)
 
-    async def _complete(self, shard: int, distinct: set[bytes], records: _Records) -> None:
-        """Asks for nodes that were not met before; their number stays small, as nodes hold long runs of keys."""
-        missing = sorted({number for words in distinct for number, _ in read_words(words)} - records.keys())
+    async def _complete(self, shard: int, distinct: set[bytes], records: _Records) -> dict[int, NodeRecord]:
+        """Asks for nodes that were not met before, and returns those among `distinct` that are alive."""
+        numbers = {number for words in distinct for number, _ in read_words(words)}
+        missing = sorted(numbers - records.keys())
         if missing:
             records |= self._learn(shard, missing, await self._run(shard, RECORDS, missing))
+        return {number: record for number in numbers if (record := records[number]) is not None}
 
     def _learn(self, shard: int, numbers: list[int], found: list[bytes]) -> _Records:
         met = self._met[shard]
@@ -262,13 +268,12 @@ def _words(buckets: list[bytes | None], tags: list[bytes]) -> list[bytes]:
     return found
 
 
-def _holders(words: bytes, records: _Records, nodes: dict[str, NodeRecord]) -> tuple[Holder, ...]:
-    """Those of them that are alive; their records go into `nodes`."""
+def _holders(words: bytes, records: _Records, known: dict[str, NodeRecord]) -> tuple[Holder, ...]:
+    """Those of them that are alive, and whom no shard knows to have been replaced."""
     holders = []
     for number, tier in read_words(words):
-        record = records.get(number)
-        if record is not None:
-            nodes[record.source.worker_id] = record
+        record = records[number]
+        if record is not None and record.source.epoch == known[record.source.worker_id].source.epoch:
             holders.append(Holder(record.source.worker_id, record.source.epoch, tier))
     return tuple(holders)
 
