@@ -109,6 +109,8 @@ class RouterConfig(_Branch):
     grpc: str = "127.0.0.1:0"
     http: str = "127.0.0.1:0"
     policy: str = "least_load"
+    stale_after_s: float = Field(3.0, gt=0)
+    """A report older than this counts as one of a worker no less loaded than the others."""
     max_queue: int = Field(1024, ge=0)
     """Requests waiting for a place, beyond which new ones are refused."""
     max_attempts: int = Field(8, ge=1)

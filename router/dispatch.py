@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from core.blocks import BlockKey
 from core.clock import Clock
 from core.errors import InternalError, OverloadedError, TandemError
 from core.request import FinishReason, TokenEvent
@@ -21,9 +22,11 @@ from router.attempt import JourneySpec, Limits
 from router.codec import Addressed
 from router.journey import Journey, State
 from router.links import Links
-from router.policy import Need, Nobody, Pair, Policy
+from router.placing import Placer
+from router.policy import Nobody, Pair
 from router.queue import Pace, WaitQueue
-from router.view import NO_CLAIM, Claims, ClusterView, Situation
+from router.situation import Situation
+from router.view import NO_CLAIM, ClusterView
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +50,15 @@ class Sink(Protocol):
 
 
 class _Live:
-    __slots__ = ("accepted", "alarm_at", "asked_at", "claim", "driving", "failovers", "inbox", "journey", "prefer", "sink")
+    __slots__ = (
+        "accepted", "alarm_at", "asked_at", "claim", "driving", "failovers", "inbox", "journey", "keys", "prefer", "sink",
+    )  # fmt: skip
 
     def __init__(self, journey: Journey, sink: Sink, prefer: Pair | None) -> None:
         self.journey = journey
         self.sink = sink
         self.prefer = prefer
+        self.keys: tuple[BlockKey, ...] | None = None  # made when it is first placed
         self.claim = journey.claim
         self.accepted = False  # a worker took the attempt that holds the claim
         self.asked_at: int | None = None  # the dispatcher's count of changes when this round of asking began
@@ -65,16 +71,15 @@ class _Live:
 class Dispatcher:
     """Owns the live journeys. `links` is attached after construction, because sessions report to the dispatcher."""
 
-    def __init__(self, policy: Policy, limits: Limits, max_queue: int, clock: Clock) -> None:
+    def __init__(self, placer: Placer, limits: Limits, max_queue: int, clock: Clock) -> None:
         self.links: Links | None = None
         self.view = ClusterView()
-        self.claims = Claims()
+        self.placer = placer
         self.queue = WaitQueue(max_queue)
         self.attempts: Counter[str] = Counter()  # by outcome: refused, failed, lost, or how their journey ended
         self.failovers = 0
         self._pace = Pace()
         self.on_change: Callable[[], None] = lambda: None  # sessions or the view changed
-        self._policy = policy
         self._limits = limits
         self._clock = clock
         self._live: dict[str, _Live] = {}
@@ -124,7 +129,7 @@ class Dispatcher:
 
     def situation(self) -> Situation:
         connected = self.links.connected() if self.links is not None else frozenset()
-        return Situation(self.view, connected, self.claims)
+        return self.placer.situation(self.view, connected)
 
     def states(self) -> Counter[State]:
         return Counter(live.journey.state for live in self._live.values())
@@ -148,6 +153,7 @@ class Dispatcher:
         self.on_change()
 
     def link_down(self, worker: str, reason: str) -> None:
+        self.placer.lost(worker)
         affected = list(self._live.values())
         keys = [key for live in affected if (key := live.journey.held_on(worker)) is not None]
         self._orphans[worker] = [ev.SendCancel(worker, key) for key in keys[:ORPHANS_MAX]]
@@ -207,7 +213,7 @@ class Dispatcher:
 
     def _move_claim(self, live: _Live, event: ev.Event) -> None:
         """What an accepted attempt gives back is room for those who wait; what was refused never was."""
-        self.claims.swap(live.claim, live.journey.claim)
+        self.placer.moved(live.claim, live.journey.claim)
         live.claim = live.journey.claim
         lost = live.journey.facts.failovers - live.failovers
         if lost:
@@ -229,6 +235,7 @@ class Dispatcher:
             case ev.Accepted():
                 live.accepted = True
                 live.asked_at = None
+                self.placer.accepted(live.journey.claim, live.keys or ())
                 self._pace.accepted(self._clock.now())
                 self._leave_queue(live)
                 live.sink.accepted()
@@ -243,8 +250,11 @@ class Dispatcher:
 
     def _place(self, live: _Live, avoid: frozenset[str]) -> None:
         journey = live.journey
-        need = Need(len(journey.spec.prompt) + len(journey.log), avoid, live.prefer)
-        choice = self._policy.choose(self.situation(), need)
+        situation = self.situation()
+        if live.keys is None:
+            live.keys = self.placer.keys(situation, journey.spec)
+        tokens = len(journey.spec.prompt) + len(journey.log)
+        choice = self.placer.choose(situation, tokens, live.keys, avoid, live.prefer)
         if isinstance(choice, Nobody):
             self._wait(live, urgent=journey.facts.sent_at is not None)
             live.inbox.append(ev.NoPlace(choice.reason, choice.busy))

@@ -131,12 +131,12 @@ class Journey:
         self.facts.placed(event.prefill or event.decode, event.decode)
         if event.prefill is None:
             self.state = State.LOCAL
-            self.claim = Claim(event.decode, len(item.token_ids), event.decode)
+            self.claim = Claim(event.decode, len(item.token_ids), event.decode, len(item.token_ids))
             self._started(now, out, ev.SendGenerateLocal(event.decode, item))
         else:
             self.state = State.RESERVING
             self._step_deadline = now + self._limits.answer_timeout_s
-            self.claim = Claim(event.prefill, len(item.token_ids), event.decode)
+            self.claim = Claim(event.prefill, len(item.token_ids), event.decode, len(item.token_ids))
             out.append(ev.SendReserve(event.decode, item))
 
     def _started(self, now: float, out: list[Command], command: Command) -> None:
@@ -184,7 +184,7 @@ class Journey:
             return
         first = self._first_token_missing(attempt)
         if first and event.worker == (attempt.prefill or attempt.decode):
-            self.claim = Claim(None, 0, attempt.decode)  # the prompt is computed
+            self.claim = Claim(None, 0, attempt.decode, len(attempt.item.token_ids))  # the prompt is computed
         accepted, gap = self.log.accept(event.tokens, hold=first and attempt.prefill is not None)
         if accepted:
             self.facts.tokens(now, len(accepted))
@@ -217,7 +217,7 @@ class Journey:
     def _on_prefill_done(self, now: float, event: ev.PrefillDone, out: list[Command]) -> None:
         attempt = self._current(event.attempt)
         if attempt is not None:
-            self.claim = Claim(None, 0, attempt.decode)
+            self.claim = Claim(None, 0, attempt.decode, len(attempt.item.token_ids))
             self.facts.prefill_done(event.timing, event.cached_tokens)
 
     def _on_joined(self, now: float, event: ev.Joined, out: list[Command]) -> None:

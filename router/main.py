@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,8 @@ from router.http import build_app
 from router.links import Links
 from router.metrics import RouterMetrics, RouterStats
 from router.modelcard import VERSION_UNKNOWN, ModelKnowledge
-from router.policy import make_policy
+from router.placing import Placer
+from router.policies import make_policy
 from router.service import InferenceServicer, StatusServicer
 from router.watch import Watch
 from router.web import web_server
@@ -65,7 +67,8 @@ class Router:
         self._spec = spec
         self._grace_s = spec.config.cluster.grace_s
         stats = RouterStats()
-        self.dispatcher = Dispatcher(make_policy(config.policy), limits_from(spec.config), config.max_queue, clock)
+        placer = Placer(make_policy(config.policy), config.stale_after_s, random.Random())
+        self.dispatcher = Dispatcher(placer, limits_from(spec.config), config.max_queue, clock)
         self._links = Links(spec.worker_id, spec.epoch, config.session_lease_s, self.dispatcher)
         self.dispatcher.links = self._links
         knowledge = ModelKnowledge(spec.config.model.name, _version())

@@ -1,20 +1,24 @@
-"""Which workers take a request. Deciding code; the machine around it stays when the policy is replaced."""
+"""Which workers take a request: the words, the rules that all policies share, and the default. Deciding code."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.errors import ConfigError
-from core.request import WorkerRole
-from router.view import Situation, WorkerView
+import numpy as np
+
+from core.blocks import BlockKey
+from core.request import Slo, WorkerRole
+from router.pools import Column, Mask, Pool, best
+from router.situation import Situation
 
 PREFILL_WINDOW_TOKENS = 4096
 """Prompt tokens sent ahead to one prefill worker. Decode memory is reserved first, so what cannot start soon waits here."""
 
 RUNNING_COST_TOKENS = 16
 """A running request weighs as much as this many waiting prompt tokens when a pair is compared with a colocated worker."""
+
+NO_LIMITS = Slo()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +31,19 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What is to be placed: tokens to compute, workers not to use, and where its siblings are (their prompt is cached)."""
+    """What is to be placed: tokens to compute, workers not to use, and where its siblings are (their prompt is cached).
+
+    `keys` are those of the prompt's full blocks, empty unless the policy asks for them. `draw` is a number from 0 to
+    2^64 − 1, for policies that leave something to chance. `output_tokens` may still be generated.
+    """
 
     tokens: int
     avoid: frozenset[str] = frozenset()
     prefer: Pair | None = None
+    keys: tuple[BlockKey, ...] = ()
+    draw: int = 0
+    slo: Slo = NO_LIMITS
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,82 +55,91 @@ class Nobody:
 
 
 class Policy(Protocol):
+    @property
+    def wants_keys(self) -> bool:
+        """Whether it looks at `Need.keys`: they cost a microsecond per block."""
+        ...
+
     def choose(self, situation: Situation, need: Need) -> Pair | Nobody:
-        """Names connected workers, none of `need.avoid`. The same situation gives the same answer."""
+        """Names connected workers, none of `need.avoid`. Never raises, whatever workers report."""
         ...
 
 
-class LeastLoad:
-    """Prefill with the fewest waiting tokens, decode with the fewest running requests (then the most free blocks).
+class Scored:
+    """The frame of every policy that scores workers: filters, then one column of scores per pool, then the smallest.
 
-    A colocated worker takes the whole request when there is no pair or when it is less loaded than the best one.
+    A colocated worker takes the whole request when there is no pair, or when it is less loaded than the best one.
     """
 
+    wants_keys = False
+
+    def prefill_scores(self, situation: Situation, pool: Pool, need: Need) -> tuple[Column, ...]:
+        """Scores and tie-breakers, lower is better."""
+        return (pool.waiting_tokens,)
+
+    def decode_scores(self, situation: Situation, pool: Pool, need: Need) -> tuple[Column, ...]:
+        return (pool.running, -pool.room_blocks)
+
+    def whole_scores(self, situation: Situation, pool: Pool, need: Need) -> tuple[Column, ...]:
+        return (whole_cost(pool),)
+
     def choose(self, situation: Situation, need: Need) -> Pair | Nobody:
-        prefills = situation.candidates(WorkerRole.PREFILL, need.avoid)
-        decodes = situation.candidates(WorkerRole.DECODE, need.avoid)
-        wholes = situation.candidates(WorkerRole.COLOCATED, need.avoid)
-        open_prefills = [w for w in prefills if _window_open(situation, w, need.tokens)]
-        if need.prefer is not None and _available(need.prefer, open_prefills, decodes, wholes):
+        prefill, decode, whole = situation.prefill, situation.decode, situation.whole
+        may_prefill = prefill.allowed(need.avoid) & window_open(prefill, need.tokens)
+        may_decode, may_whole = decode.allowed(need.avoid), whole.allowed(need.avoid)
+        if need.prefer is not None and _available(need.prefer, situation, may_prefill, may_decode, may_whole):
             return need.prefer
-        whole = min(wholes, key=lambda w: _whole_cost(situation, w), default=None)
-        if open_prefills and decodes:
-            prefill = min(open_prefills, key=lambda w: _waiting_tokens(situation, w))
-            decode = min(decodes, key=lambda w: (_running(situation, w), -_room(w)))
-            cost = _waiting_tokens(situation, prefill) + RUNNING_COST_TOKENS * _running(situation, decode)
-            if whole is None or cost <= _whole_cost(situation, whole):
-                return Pair(prefill.worker_id, decode.worker_id)
-        if whole is not None:
-            return Pair(None, whole.worker_id)
-        if prefills and decodes:
+        whole_row = _pick(self.whole_scores(situation, whole, need), may_whole) if may_whole.any() else None
+        if may_prefill.any() and may_decode.any():
+            p = _pick(self.prefill_scores(situation, prefill, need), may_prefill)
+            d = _pick(self.decode_scores(situation, decode, need), may_decode)
+            assert p is not None
+            assert d is not None
+            cost = prefill.waiting_tokens[p] + RUNNING_COST_TOKENS * decode.running[d]
+            if whole_row is None or cost <= whole_cost(whole)[whole_row]:
+                return Pair(prefill.names[p], decode.names[d])
+        if whole_row is not None:
+            return Pair(None, whole.names[whole_row])
+        if prefill.allowed(need.avoid).any() and may_decode.any():
             return Nobody("every prefill worker has a full window of prompts", busy=True)
-        return _why_nobody(situation, need, prefills, decodes)
+        return why_nobody(situation, need)
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {"least_load": LeastLoad}
+class LeastLoad(Scored):
+    """Prefill with the fewest waiting tokens, decode with the fewest running requests (then the most free blocks)."""
 
 
-def make_policy(name: str) -> Policy:
-    """Raises ConfigError naming the policies there are."""
-    if name not in POLICIES:
-        raise ConfigError(f"router.policy {name!r} is not known; choose one of {', '.join(sorted(POLICIES))}")
-    return POLICIES[name]()
+def whole_cost(pool: Pool) -> Column:
+    return pool.waiting_tokens + RUNNING_COST_TOKENS * pool.running
 
 
-def _waiting_tokens(situation: Situation, worker: WorkerView) -> int:
-    """The report covers all routers but is old; our claims are exact but only ours."""
-    return max(worker.waiting_tokens, situation.claims.prefill_tokens(worker.worker_id))
+def window_open(pool: Pool, tokens: int) -> Mask:
+    """Prefill workers that may be sent a prompt now. Alone, any prompt may go."""
+    return np.asarray((pool.prefills == 0) | (pool.claimed_tokens + tokens <= PREFILL_WINDOW_TOKENS))
 
 
-def _running(situation: Situation, worker: WorkerView) -> int:
-    return max(worker.running + worker.waiting, situation.claims.running(worker.worker_id))
-
-
-def _whole_cost(situation: Situation, worker: WorkerView) -> int:
-    return _waiting_tokens(situation, worker) + RUNNING_COST_TOKENS * _running(situation, worker)
-
-
-def _room(worker: WorkerView) -> int:
-    return worker.blocks_free + worker.blocks_cached
-
-
-def _window_open(situation: Situation, worker: WorkerView, tokens: int) -> bool:
-    claims = situation.claims
-    if claims.prefills(worker.worker_id) == 0:
-        return True
-    return claims.prefill_tokens(worker.worker_id) + tokens <= PREFILL_WINDOW_TOKENS
-
-
-def _available(pair: Pair, prefills: list[WorkerView], decodes: list[WorkerView], wholes: list[WorkerView]) -> bool:
-    if pair.prefill is None:
-        return any(w.worker_id == pair.decode for w in (*wholes, *decodes))
-    return any(w.worker_id == pair.prefill for w in prefills) and any(w.worker_id == pair.decode for w in decodes)
-
-
-def _why_nobody(situation: Situation, need: Need, prefills: list[WorkerView], decodes: list[WorkerView]) -> Nobody:
-    if situation.candidates(WorkerRole.PREFILL, frozenset()) and situation.candidates(WorkerRole.DECODE, frozenset()):
+def why_nobody(situation: Situation, need: Need) -> Nobody:
+    """For the user, when a pair and a colocated worker are both missing."""
+    if len(situation.prefill) and len(situation.decode):
         return Nobody("the workers that are connected refused or failed a moment ago", busy=True)
-    if situation.candidates(WorkerRole.COLOCATED, frozenset()):
+    if len(situation.whole):
         return Nobody("the colocated workers refused or failed a moment ago", busy=True)
-    missing = [name for name, found in (("prefill", prefills), ("decode", decodes)) if not found]
+    pools = {WorkerRole.PREFILL: situation.prefill, WorkerRole.DECODE: situation.decode}
+    missing = [role.value for role, pool in pools.items() if not pool.allowed(need.avoid).any()]
     return Nobody(f"no {' and no '.join(missing)} worker is connected", busy=False)
+
+
+def _pick(scores: tuple[Column, ...], mask: Mask) -> int | None:
+    first, *ties = scores
+    return best(first, mask, *ties)
+
+
+def _available(pair: Pair, situation: Situation, prefills: Mask, decodes: Mask, wholes: Mask) -> bool:
+    if pair.prefill is None:
+        return _has(situation.whole, wholes, pair.decode) or _has(situation.decode, decodes, pair.decode)
+    return _has(situation.prefill, prefills, pair.prefill) and _has(situation.decode, decodes, pair.decode)
+
+
+def _has(pool: Pool, mask: Mask, name: str) -> bool:
+    row = pool.row.get(name)
+    return row is not None and bool(mask[row])

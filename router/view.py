@@ -1,4 +1,4 @@
-"""What the router knows when it places a request: the cluster's last snapshot, its own links, its own claims. Values."""
+"""What the router knows of its cluster: the last snapshot, and what its own requests occupy since. Values."""
 
 from __future__ import annotations
 
@@ -69,11 +69,13 @@ class ClusterView:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one journey occupies: a prompt being computed on `prefill`, a running request on `decode`."""
+    """What one journey occupies: a prompt being computed on `prefill`, a running request on `decode` that held
+    `context_tokens` when it was placed."""
 
     prefill: str | None = None
     prefill_tokens: int = 0
     decode: str | None = None
+    context_tokens: int = 0
 
 
 NO_CLAIM = Claim()
@@ -86,6 +88,7 @@ class Claims:
         self._prefill_tokens: dict[str, int] = {}
         self._prefills: dict[str, int] = {}
         self._running: dict[str, int] = {}
+        self._context: dict[str, int] = {}
 
     def swap(self, old: Claim, new: Claim) -> None:
         """A journey left `old` and occupies `new`."""
@@ -101,8 +104,11 @@ class Claims:
     def running(self, worker: str) -> int:
         return self._running.get(worker, 0)
 
+    def context_tokens(self, worker: str) -> int:
+        return self._context.get(worker, 0)
+
     def is_empty(self) -> bool:
-        return not (self._prefill_tokens or self._prefills or self._running)
+        return not (self._prefill_tokens or self._prefills or self._running or self._context)
 
     def _add(self, claim: Claim, sign: int) -> None:
         if claim.prefill is not None:
@@ -110,25 +116,7 @@ class Claims:
             _count(self._prefills, claim.prefill, sign)
         if claim.decode is not None:
             _count(self._running, claim.decode, sign)
-
-
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """Everything a policy may look at. `connected`: workers whose session is up."""
-
-    view: ClusterView
-    connected: frozenset[str]
-    claims: Claims
-
-    def candidates(self, role: WorkerRole, avoid: frozenset[str]) -> list[WorkerView]:
-        """Connected, ready workers of a role, in a fixed order."""
-        return [
-            worker
-            for worker_id in sorted(self.connected - avoid)
-            if (worker := self.view.workers.get(worker_id)) is not None
-            and worker.role is role
-            and worker.state is WorkerState.READY
-        ]
+            _count(self._context, claim.decode, sign * claim.context_tokens)
 
 
 def _count(table: dict[str, int], worker: str, amount: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -20,7 +21,8 @@ from router.frontend_types import ChoiceFinished, Finished, FrontRequest, Part, 
 from router.links import Links
 from router.metrics import RouterStats
 from router.modelcard import ModelKnowledge
-from router.policy import make_policy
+from router.placing import Placer
+from router.policies import make_policy
 from router.watch import view_from_pb
 from tandem.sampling import SamplingParams
 from tandem.v1 import cluster_pb2
@@ -69,7 +71,7 @@ class Rig:
     def __init__(self, max_queue: int, limits: Limits, slow_client_s: float) -> None:
         clock = SystemClock()
         self.stats = RouterStats()
-        self.dispatcher = Dispatcher(make_policy("least_load"), limits, max_queue, clock)
+        self.dispatcher = Dispatcher(Placer(make_policy("least_load"), 10.0, random.Random(0)), limits, max_queue, clock)
         self.links = Links("router-0", 1, 5.0, self.dispatcher)
         self.dispatcher.links = self.links
         self.front = Frontend(self.dispatcher, tokenizer(), ModelKnowledge("", "test"), self.stats, clock, slow_client_s)
@@ -114,7 +116,7 @@ class Rig:
             if not worker.dead:
                 await worker.until(lambda worker=worker: not worker.held)  # type: ignore[misc]
         assert len(self.dispatcher) == 0
-        assert self.dispatcher.claims.is_empty()
+        assert self.dispatcher.placer.claims.is_empty()
         assert len(self.dispatcher.queue) == 0
         assert self.front.live == 0
 

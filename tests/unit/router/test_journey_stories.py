@@ -183,11 +183,11 @@ def test_silence_is_a_failure_where_an_answer_is_due():
 
 def test_claims_follow_the_work():
     journey = journey_in(State.RESERVING)
-    assert journey.claim == Claim("p", 3, "d")
+    assert journey.claim == Claim("p", 3, "d", 3)
     commands_of(journey, GRANTED, OPENED)
-    assert journey.claim == Claim("p", 3, "d")
+    assert journey.claim == Claim("p", 3, "d", 3)
     commands_of(journey, tokens("p", 0))
-    assert journey.claim == Claim(None, 0, "d"), "the prompt is computed"
+    assert journey.claim == Claim(None, 0, "d", 3), "the prompt is computed"
     commands_of(journey, ev.ClientCancelled())
     assert journey.claim == NO_CLAIM
 

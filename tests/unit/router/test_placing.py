@@ -13,9 +13,11 @@ from core.blocks import KvLayout
 from core.errors import ConfigError, UnavailableError
 from core.request import WorkerRole
 from router.modelcard import ModelKnowledge
-from router.policy import PREFILL_WINDOW_TOKENS, LeastLoad, Need, Nobody, Pair, make_policy
+from router.policies import make_policy
+from router.policy import PREFILL_WINDOW_TOKENS, LeastLoad, Need, Nobody, Pair
 from router.queue import Pace, WaitQueue
-from router.view import NO_CLAIM, Claim, Claims, ClusterView, Situation, WorkerState, WorkerView
+from router.situation import Situation
+from router.view import NO_CLAIM, Claim, Claims, ClusterView, WorkerState, WorkerView
 
 P, D, C = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED
 LAYOUT = KvLayout(b"f" * 16, "float32", 1, 1, 8, 16)
@@ -100,7 +102,7 @@ def test_siblings_stay_together_while_they_can():
 
 def test_policies_are_chosen_by_name():
     assert isinstance(make_policy("least_load"), LeastLoad)
-    with pytest.raises(ConfigError, match="choose one of least_load"):
+    with pytest.raises(ConfigError, match="choose one of conductor, kv_cost, least_load"):
         make_policy("best")
 
 

@@ -1,0 +1,77 @@
+"""Everything a policy may look at when it places a request. Deciding code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from core.blocks import BlockKey, KvLayout, block_keys, root_key
+from core.request import WorkerRole
+from router.pools import Pool
+from router.prefix_index import PrefixIndex
+from router.view import Claim, Claims, ClusterView, WorkerState, WorkerView
+
+NOBODY: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Situation:
+    """`connected`: workers whose session is up. `index`: who has which blocks, where somebody keeps one.
+
+    Made anew when the view or the sessions change; `moved` keeps it true while claims change in between.
+    """
+
+    view: ClusterView
+    connected: frozenset[str]
+    claims: Claims
+    index: PrefixIndex | None = None
+    stale_after_s: float = float("inf")
+
+    def candidates(self, role: WorkerRole, avoid: frozenset[str] = NOBODY) -> list[WorkerView]:
+        """Connected, ready workers of a role, in a fixed order."""
+        return [
+            worker
+            for worker_id in sorted(self.connected - avoid)
+            if (worker := self.view.workers.get(worker_id)) is not None
+            and worker.role is role
+            and worker.state is WorkerState.READY
+        ]
+
+    @cached_property
+    def prefill(self) -> Pool:
+        return self._pool(WorkerRole.PREFILL)
+
+    @cached_property
+    def decode(self) -> Pool:
+        return self._pool(WorkerRole.DECODE)
+
+    @cached_property
+    def whole(self) -> Pool:
+        return self._pool(WorkerRole.COLOCATED)
+
+    @property
+    def token_bytes(self) -> int:
+        """KV of one token, 0 before anybody has said."""
+        return self._layout.token_bytes if self._layout is not None else 0
+
+    @cached_property
+    def _layout(self) -> KvLayout | None:
+        layouts = (worker.layout for worker in self.view.workers.values())
+        return next((layout for layout in layouts if layout is not None), None)
+
+    def prompt_keys(self, prompt: Sequence[int], cache_salt: bytes) -> tuple[BlockKey, ...]:
+        """Keys of the prompt's full blocks, as workers make them; none before a worker has named its layout."""
+        if self._layout is None:
+            return ()
+        return tuple(block_keys(root_key(self._layout.fingerprint, cache_salt), prompt, self._layout.block_size))
+
+    def moved(self, *claims: Claim) -> None:
+        """The claims that a journey gave back or took."""
+        names = {name for claim in claims for name in (claim.prefill, claim.decode) if name is not None}
+        for pool in ("prefill", "decode", "whole"):
+            if pool in self.__dict__:  # made already
+                getattr(self, pool).refresh(names)
+
+    def _pool(self, role: WorkerRole) -> Pool:
+        return Pool(self.candidates(role), self.claims, self.stale_after_s)
