@@ -97,7 +97,9 @@ class Offerer:
         return not same_life
 
     def offer(self, keys: Sequence[BlockKey]) -> None:
-        """Blocks that became resident here. What the store has is left out."""
+        """Blocks that became resident here. What the store has is left out; without a store, everything."""
+        if self._store is None:
+            return
         for key in keys:
             if key not in self._known:
                 self._queue[key] = None
