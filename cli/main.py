@@ -7,11 +7,13 @@ from cli.bench import bench
 from cli.down import down
 from cli.drain import drain
 from cli.generate import generate
+from cli.kv import kv
 from cli.status import status
 from cli.up import up
 
 for verb in (up, down, status, generate, bench, drain):
     app.command()(verb)
+app.add_typer(kv, name="kv")
 
 if __name__ == "__main__":
     app(prog_name="tandem")

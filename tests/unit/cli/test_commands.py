@@ -49,6 +49,11 @@ MISTAKES = [
     (["bench", "--grpc", "x:1", "--rate", "1", "--trace", "y"], 2, ["--speed"]),
     (["drain", "decode-0", "--admin", "127.0.0.1:1"], 3, ["nobody answers"]),
     (["down", "--admin", "127.0.0.1:1"], 3, ["nobody answers"]),
+    (["kv", "stat", "--admin", "127.0.0.1:1"], 3, ["nobody answers"]),
+    (["kv", "get", "abc", "--admin", "127.0.0.1:1"], 2, ["32 hexadecimal digits"]),
+    (["kv", "evict", "--admin", "127.0.0.1:1"], 2, ["--all"]),
+    (["kv", "evict", "0" * 32, "--all", "--admin", "127.0.0.1:1"], 2, ["--all"]),
+    (["kv", "warm", "/nowhere.txt", "--admin", "127.0.0.1:1"], 2, ["cannot read /nowhere.txt"]),
 ]
 
 
