@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import time
@@ -168,7 +169,7 @@ def warm(
     with Client(grpc_address(grpc), timeout_s=timeout) as client:
         result = client.generate(text, SamplingParams(max_tokens=1, temperature=0.0))
     stores = [one for one in calls.nodes_of(snapshot) if one.role is WorkerRole.STORE]
-    held = _wait_for(stores, keys, wait)
+    held = asyncio.run(_wait_for(stores, keys, wait))
     shape = {"prompt_tokens": result.usage.prompt_tokens, "blocks": len(keys), "stored": held, "ttft_s": result.timing.ttft_s}
     if as_json:
         typer.echo(json.dumps(shape))
@@ -198,16 +199,16 @@ def _keys_of(snapshot: ClusterSnapshot, text: str) -> list[bytes]:
     raise UnavailableError("no worker is ready; `tandem status` shows what they are doing")
 
 
-def _wait_for(stores: list[KvNodeAddress], keys: list[bytes], wait_s: float) -> int:
+async def _wait_for(stores: list[KvNodeAddress], keys: list[bytes], wait_s: float) -> int:
     """Blocks in the store that has most of them, once it has all or the time is over: workers offer behind their steps."""
     from cli import kv_nodes as calls
 
     deadline = time.monotonic() + wait_s
     while True:
-        held = max((calls.holds(one, keys) for one in stores), default=0)
+        held = max([await asyncio.to_thread(calls.holds, one, keys) for one in stores], default=0)
         if held >= len(keys) or not stores or time.monotonic() >= deadline:
             return held
-        time.sleep(POLL_S)
+        await asyncio.sleep(POLL_S)
 
 
 def _stat(node: KvNodeAddress, reply: Any) -> dict[str, Any]:

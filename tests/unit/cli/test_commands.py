@@ -128,5 +128,5 @@ def test_asking_loads_neither_torch_nor_ray() -> None:
 
 def test_help_names_every_verb() -> None:
     shown = tandem("--help").stdout
-    for verb in ("up", "down", "status", "generate", "bench", "drain"):
+    for verb in ("up", "down", "status", "generate", "bench", "drain", "kv"):
         assert f" {verb} " in shown
