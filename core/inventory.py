@@ -63,10 +63,10 @@ class Inventory(BlockTable):
         is its own, as far as it has something idle. Raises OutOfBlocksError when fewer are free or evictable.
         """
         with self._lock:
-            free = self._free
-            if count > len(free) + len(self._idle):
+            free, parked = self._free, self._parked
+            if count > (room := len(free) + len(self._idle) - len(parked)):
                 raise OutOfBlocksError(
-                    f"{count} KV blocks are needed and {len(free) + len(self._idle)} of {self._total} can be had; "
+                    f"{count} KV blocks are needed and {room} of {self._total} can be had; "
                     "retry later, or raise engine.kv_bytes"
                 )
             refs, digest, generation, words = self._refs, self._digest, self._generation, self._words
@@ -77,6 +77,8 @@ class Inventory(BlockTable):
                 else:
                     own = self._shares if tenant is not None else None
                     block, since = self._idle.pop() if own is None else own.pop_for(tenant or b"", n)
+                    if parked and block in parked:
+                        block, since = self._pop_past(block, since, tenant, n)
                     self._leave(block, since)
                     self.evictions.for_space += 1
                 generation[block] += 1  # before the new owner can write
@@ -112,7 +114,7 @@ class Inventory(BlockTable):
             elif resident != block:
                 self._take(resident)
                 self._hits[resident] += 1
-                self._looked_at.pop(resident, None)
+                self._used((resident,))
                 self._release((block,))
                 return resident
             if digest:
@@ -133,7 +135,7 @@ class Inventory(BlockTable):
                 refs[block] += 1
                 hits[block] += 1
                 found.append(block)
-            if self._looked_at:
+            if self._looked_at or self._parked:
                 self._used(found)
         return found
 
@@ -146,6 +148,21 @@ class Inventory(BlockTable):
                 self._take(block)
                 self._hits[block] += 1
             self._used(used)
+            return found
+
+    def look(self, keys: Sequence[BlockKey]) -> list[int | None]:
+        """As `find`, for whoever copies or checks blocks: no use, so the order of eviction stays as it is.
+
+        A block that is let go keeps its place, unless somebody used it meanwhile.
+        """
+        with self._lock:
+            found = [self._by_key.get(key) for key in keys]
+            for block in found:
+                if block is None:
+                    continue
+                if not self._refs[block] and block not in self._pinned:
+                    self._parked.add(block)
+                self._refs[block] += 1
             return found
 
     def retain(self, blocks: Iterable[int]) -> None:
@@ -207,6 +224,7 @@ class Inventory(BlockTable):
                     room -= 1
                     if not self._refs[block]:
                         self._idle.remove(block)
+                    self._used((block,))
                     self._pinned.add(block)
             return count
 
@@ -232,7 +250,7 @@ class Inventory(BlockTable):
             count = 0
             for key in keys:
                 block = self._by_key.get(key)
-                if block is None or block not in self._idle:
+                if block is None or self._refs[block] or block in self._pinned:
                     continue
                 self._leave(block, self._idle.remove(block))
                 if self._shares is not None:
@@ -247,19 +265,9 @@ class Inventory(BlockTable):
 
         Looking at them is no use: released, they are the next to go again, unless somebody used them meanwhile.
         """
-        found: list[Victim] = []
         with self._lock:
-            for _ in range(min(count, len(self._idle))):
-                block = self._idle.next()
-                self._looked_at[block] = self._idle.remove(block)
-                self._refs[block] = 1
-                if self._shares is not None:
-                    self._shares.charge(self._tenant[block], -1)  # as if gone, for the choice of those after it
-                found.append(Victim(block, self._key[block] or b"", self._digest[block]))
-            if self._shares is not None:
-                for victim in found:
-                    self._shares.charge(self._tenant[victim.block], 1)
-        return found
+            keys, digests = self._key, self._digest
+            return [Victim(block, keys[block] or b"", digests[block]) for block in self._look_at_next(count)]
 
     def changes(self, limit: int, *, everything: bool = False) -> Changes:
         """What became resident and what left since the last call, `limit` keys at most; the rest comes with the next call.
@@ -314,7 +322,7 @@ class Inventory(BlockTable):
 
     def counts(self) -> BlockCounts:
         with self._lock:
-            free, cached = len(self._free), len(self._idle)
+            free, cached = len(self._free), len(self._idle) - len(self._parked)
             return BlockCounts(self._total, free, cached, self._total - free - cached)
 
     def leases_open(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from typing import NamedTuple
 
 from core.blocks import BlockKey
@@ -84,7 +84,10 @@ class BlockTable:
         self._by_key: dict[BlockKey, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))
         self._pinned: set[int] = set()
-        self._looked_at: dict[int, float] = {}  # victims that their asker holds and nobody used since: idle since
+        # Blocks that are held by those who only look at them keep their place: in the queue until it comes up, and then
+        # at the front, where they go back to when nobody used them meanwhile (idle since).
+        self._parked: set[int] = set()
+        self._looked_at: dict[int, float] = {}
         self._leases = Leases()
         self._log = ChangeLog()
         self._clock = clock
@@ -124,17 +127,32 @@ class BlockTable:
             except KeyError:
                 raise AssertionError(f"block {block} is free: nobody can take a reference on it") from None
 
-    def _used(self, blocks: Sequence[int]) -> None:
+    def _used(self, blocks: Iterable[int]) -> None:
+        """Takes their places from blocks that were only looked at."""
         for block in blocks:
             self._looked_at.pop(block, None)
+            if block in self._parked:
+                self._parked.remove(block)
+                self._idle.remove(block)
+
+    def _pop_past(self, block: int, since: float, tenant: bytes | None, claim: int) -> tuple[int, float]:
+        """What is popped instead of a block that somebody looks at: the first that nobody does."""
+        while block in self._parked:
+            self._parked.remove(block)
+            self._looked_at[block] = since
+            if self._shares is not None:
+                self._shares.charge(self._tenant[block], 1)  # it was popped and stays
+            block, since = self._idle.pop() if self._shares is None or tenant is None else self._shares.pop_for(tenant, claim)
+        return block, since
 
     def _release(self, blocks: Sequence[int]) -> None:
         """Drops references, last first. Active to cached or free where it was the last one."""
         refs, keys, add = self._refs, self._key, self._idle.add
         now = self._clock() if self._clock is not None else 0.0
+        looking = bool(self._parked or self._looked_at)
         if self._ranks is not None:
-            self._ranks.let_go([b for b in blocks if b not in self._looked_at] if self._looked_at else blocks)
-        special = self._pinned or self._looked_at
+            self._ranks.let_go([b for b in blocks if not self._is_looked_at(b)] if looking else blocks)
+        special = looking or bool(self._pinned)
         for block in reversed(blocks):
             left = refs[block] - 1
             assert left >= 0, f"block {block} is released by nobody who holds it"
@@ -152,10 +170,34 @@ class BlockTable:
         since = self._looked_at.pop(block, None)
         if block in self._pinned:
             return
+        if block in self._parked:
+            self._parked.remove(block)  # it never left its place
+            return
         if since is None:
             self._idle.add(block, now)
         else:
             self._idle.add_first(block, since)
+
+    def _look_at_next(self, count: int) -> list[int]:
+        """The next to be evicted, each active now by one reference."""
+        found: list[int] = []
+        while len(found) < count and len(self._idle) > len(self._parked):
+            block = self._idle.next()
+            self._looked_at[block] = self._idle.remove(block)
+            if block in self._parked:  # somebody else looks at it, perhaps for the same reason
+                self._parked.remove(block)
+                continue
+            self._refs[block] = 1
+            if self._shares is not None:
+                self._shares.charge(self._tenant[block], -1)  # as if gone, for the choice of those after it
+            found.append(block)
+        if self._shares is not None:
+            for block in found:
+                self._shares.charge(self._tenant[block], 1)
+        return found
+
+    def _is_looked_at(self, block: int) -> bool:
+        return block in self._parked or block in self._looked_at
 
     def _free_up(self, block: int) -> None:
         """Nameless to free. A late reader of freed bytes must notice, so the generation changes."""
@@ -171,7 +213,8 @@ class BlockTable:
         assert len(free) == len(self._free), "a block is on the free list twice"
         assert len(self._idle) == sum(b in self._idle for b in range(self._total)), "the queue of idle blocks is miscounted"
         for block in range(self._total):
-            held, cached, pinned = self._refs[block] > 0, block in self._idle, block in self._pinned
+            held, pinned = self._refs[block] > 0, block in self._pinned
+            cached = block in self._idle and block not in self._parked
             states = [block in free, cached, held or pinned]
             assert sum(states) == 1, f"block {block} is in not exactly one state: free, cached, active are {states}"
             assert self._refs[block] >= 0, f"block {block} has {self._refs[block]} references"
@@ -180,7 +223,9 @@ class BlockTable:
             assert self._words is None or int(self._words[block]) == self._generation[block], (
                 f"the generation word of block {block} was changed by someone else"
             )
-        assert all(self._refs[block] for block in self._looked_at), "a victim is remembered that nobody looks at"
+        assert all(self._refs[block] for block in self._looked_at), "a place is kept for a block that nobody looks at"
+        assert all(self._refs[block] and block in self._idle for block in self._parked), "a place is kept for nobody"
+        assert not self._parked & (self._looked_at.keys() | self._pinned), "a block has two places"
 
     def _check_keys(self) -> None:
         committed = {key: block for block, key in enumerate(self._key) if key is not None}

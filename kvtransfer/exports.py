@@ -23,7 +23,7 @@ from kvtransfer.codec import NO_DIGEST, digests_of
 from kvtransfer.codecs import Codecs
 from kvtransfer.follower import Follower
 from kvtransfer.handoff import Export, ExportState
-from kvtransfer.holds import HOLDS_MAX, NOTHING_FOLLOWS, check_keys, find, granted_s
+from kvtransfer.holds import HOLDS_MAX, NOTHING_FOLLOWS, check_keys, granted_s
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Exports:
             raise InvalidRequestError(f"{holder} is a hand-off; holders call themselves hold/WORKER/N")
         if holder not in self._holders and len(self._holders) >= HOLDS_MAX:
             raise OverloadedError(f"{HOLDS_MAX} holds are open here; drop some, or retry later")
-        found = [(place, block) for place, block in enumerate(find(self._inventory, keys)) if block is not None]
+        found = [(place, block) for place, block in enumerate(self._inventory.find(keys)) if block is not None]
         blocks = [block for _, block in found]
         try:
             await self._ensure_digests(blocks)

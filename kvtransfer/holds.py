@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from core.blocks import KEY_BYTES, BlockKey, Closing
 from core.errors import InvalidRequestError
-from core.inventory import Inventory
 
 HOLD_KEYS_MAX = 4096
 HOLDS_MAX = 1024
@@ -30,8 +29,3 @@ def check_keys(keys: Sequence[BlockKey]) -> None:
     wrong = next((key for key in keys if len(key) != KEY_BYTES), None)
     if wrong is not None:
         raise InvalidRequestError(f"a block key has {KEY_BYTES} bytes, got one of {len(wrong)}")
-
-
-def find(inventory: Inventory, keys: Sequence[BlockKey]) -> list[int | None]:
-    """Where each key is, a reference for the caller on each block that is named."""
-    return [next(iter(inventory.match([key])), None) for key in keys]

@@ -153,7 +153,7 @@ class KvNode:
         checked, bad = 0, list[BlockKey]()
         for start in range(0, len(keys), span):
             part = keys[start : start + span]
-            found = self.inventory.find(part)
+            found = self.inventory.look(part)
             blocks = {block: key for key, block in zip(part, found, strict=True) if block is not None}
             try:
                 known = [block for block in blocks if self.inventory.digest(block)]
@@ -177,7 +177,7 @@ class KvNode:
         """To be called a few times per second: drops blocks that failed their digest and are held by nobody any more."""
         if self._condemned:
             self.inventory.evict(self._condemned)
-            found = self.inventory.find(list(self._condemned))
+            found = self.inventory.look(list(self._condemned))
             left = {key for key, block in zip(self._condemned, found, strict=True) if block is not None}
             self.inventory.release([block for block in found if block is not None])
             self._condemned = left

@@ -152,7 +152,7 @@ class StoreDisk:
     def _put(self, key: BlockKey) -> bool:
         """False when it should be tried again."""
         assert self.tier is not None
-        [block] = self._inventory.find([key])
+        [block] = self._inventory.look([key])
         if block is None:
             self.forgotten += 1
             return True

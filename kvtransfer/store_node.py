@@ -98,7 +98,7 @@ class StoreNode:
             return Held([], self._source(), granted_s(lease_s))
         plane.node.check_layout(layout)
         inventory = plane.inventory
-        found = inventory.find(keys)
+        found = inventory.look(keys)
         kept = [block for block in found if block is not None]  # bringing up the others must not push these out
         up: list[int] = []
         try:

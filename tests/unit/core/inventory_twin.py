@@ -36,6 +36,7 @@ class Twin:
         self.rank: dict[int, float] = {}
         self.idle: dict[int, tuple[float, int]] = {}
         self.looked_at: set[int] = set()
+        self.parked: set[int] = set()  # looked at too, and still in their place
         self.pinned: set[int] = set()
         self.heard: set[bytes] = set()
         self.asked = False
@@ -55,6 +56,7 @@ class Twin:
 
     def take(self, block: int) -> None:
         self.idle.pop(block, None)
+        self.parked.discard(block)
 
     def used(self, block: int) -> None:
         self.take(block)
@@ -66,7 +68,7 @@ class Twin:
         """Ranks them; references were dropped from the bags by the caller only afterwards."""
         behind = 0.0
         for block in reversed(blocks):
-            if block not in self.looked_at:
+            if block not in self.looked_at | self.parked:
                 worth = {"lru": 0.0, "lfu": 1.0, "cost": self.cost.get(block, 0.0)}[self.policy] * (self.hits[block] + 1)
                 behind = self.rank[block] = max(behind, self.rank.get(block, 0.0), self.age + worth)
 
@@ -76,6 +78,8 @@ class Twin:
         if block not in self.keys:
             self.rank.pop(block, None)
             self.set_free(block)
+        elif block in self.parked:
+            self.parked.remove(block)
         elif block not in self.pinned:
             self.order += 1
             rank = 0.0 if self.policy == "lru" else self.rank[block]
@@ -94,8 +98,9 @@ class Twin:
 
     def is_next(self, block: int, tenant: bytes | None, claim: int, gone: Counter[bytes]) -> bool:
         """Whether `block` is a right choice for eviction when blocks of `gone` are to be thought away."""
+        self.come_up()
         charged = Counter(self.tenant.values()) - gone
-        mine = {self.tenant[b] for b in self.idle}
+        mine = {self.tenant[b] for b in self.idle.keys() - self.parked}
         over = {t for t in mine if charged[t] > self.limit}
         whose = {self.tenant[block]}
         if over:
@@ -104,12 +109,21 @@ class Twin:
             assert whose == {tenant}, "a tenant at its share pushed out another's block"
         else:
             whose = mine
-        return self.idle[block] == min(place for b, place in self.idle.items() if self.tenant[b] in whose)
+        return self.idle[block] == min(
+            place for b, place in self.idle.items() if self.tenant[b] in whose and b not in self.parked
+        )
+
+    def come_up(self) -> None:
+        """Which of the parked ones an eviction passed over is told, not modelled: from then on they go back to the front."""
+        passed = self.real._looked_at.keys() & self.parked
+        for block in passed:
+            self.take(block)
+        self.looked_at |= passed
 
     # -- operations
 
     def allocate(self, count: int, tenant: bytes | None) -> None:
-        room = len(self.free) + len(self.idle)
+        room = len(self.free) + len(self.idle) - len(self.parked)
         try:
             blocks = self.real.allocate(count, tenant=tenant)
         except OutOfBlocksError:
@@ -156,6 +170,15 @@ class Twin:
         for block in found:
             if block is not None:
                 self.used(block)
+
+    def look(self, numbers: list[int]) -> None:
+        found = [self.block_of(key(n)) for n in numbers]
+        assert self.real.look([key(n) for n in numbers]) == found
+        for block in found:
+            if block is not None:
+                if block in self.idle:
+                    self.parked.add(block)
+                self.ours[block] += 1
 
     def retain(self, block: int) -> None:
         self.real.retain([block])
@@ -204,6 +227,8 @@ class Twin:
         for n in numbers:
             block = self.block_of(key(n))
             if block is not None and (block in self.pinned or len(self.pinned) < self.total // 2):
+                if block not in self.pinned:
+                    self.looked_at.discard(block)
                 self.pinned.add(block)
                 self.take(block)
                 count += 1
@@ -218,7 +243,7 @@ class Twin:
             self.rest(block)
 
     def evict(self, numbers: list[int]) -> None:
-        blocks = {b for n in numbers if (b := self.block_of(key(n))) in self.idle and b is not None}
+        blocks = {b for n in numbers if (b := self.block_of(key(n))) in self.idle.keys() - self.parked and b is not None}
         assert self.real.evict([key(n) for n in numbers]) == len(blocks)
         for block in blocks:
             self.forget(block)
@@ -226,7 +251,8 @@ class Twin:
 
     def victims(self, count: int) -> None:
         victims = self.real.victims(count)
-        assert len(victims) == min(count, len(self.idle))
+        assert len(victims) == min(count, len(self.idle) - len(self.parked))
+        self.come_up()
         gone: Counter[bytes] = Counter()
         for victim in victims:
             assert victim.key == self.keys[victim.block]
@@ -249,7 +275,7 @@ class Twin:
 
     def agree(self) -> None:
         total, free, cached, active = self.real.counts()
-        assert (total, free, cached) == (self.total, len(self.free), len(self.idle))
+        assert (total, free, cached) == (self.total, len(self.free), len(self.idle) - len(self.parked))
         assert free + cached + active == total
         assert self.real.leases_open() == len(self.leases)
         assert self.real.pinned() == len(self.pinned)

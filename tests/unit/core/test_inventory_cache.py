@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from core.errors import ConfigError, OutOfBlocksError
+from core.eviction import POLICIES
 from core.inventory import BlockCounts, Inventory
 
 
@@ -100,6 +101,37 @@ def test_a_victim_that_was_used_meanwhile_is_none_any_more() -> None:
     inventory.release(victims)
     inventory.release(blocks[:1])
     assert [v.block for v in inventory.victims(3)] == [blocks[1], blocks[2], blocks[0]]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_looking_is_no_use_and_leaves_the_order_as_it_is(policy: str) -> None:
+    inventory = Inventory(4, policy=policy)
+    blocks = committed(inventory, 1, 2, 3, 4)
+    for block in blocks:
+        inventory.release([block])
+    assert inventory.look([key(3), key(9), key(1)]) == [blocks[2], None, blocks[0]]
+    assert inventory.counts().cached == 2
+    with pytest.raises(OutOfBlocksError):
+        inventory.allocate(3)
+    assert inventory.allocate(1) == [blocks[1]]  # the next one that nobody looks at
+    inventory.release([blocks[0]])
+    inventory.release([blocks[2]])
+    inventory.check()
+    assert [entry.hits for entry in inventory.entries()] == [0, 0, 0]
+    assert [v.block for v in inventory.victims(3)] == [blocks[0], blocks[2], blocks[3]]
+
+
+@pytest.mark.parametrize("use", ["match", "find"])
+def test_whoever_uses_a_block_that_another_looks_at_makes_it_young(use: str) -> None:
+    inventory = Inventory(2)
+    blocks = committed(inventory, 1, 2)
+    for block in blocks:
+        inventory.release([block])
+    inventory.look([key(1)])
+    assert getattr(inventory, use)([key(1)]) == blocks[:1]
+    inventory.release(blocks[:1])
+    inventory.release(blocks[:1])
+    assert [v.block for v in inventory.victims(2)] == [blocks[1], blocks[0]]
 
 
 def test_changes_begin_with_all_that_is_resident_and_go_on_with_the_net_difference() -> None:

@@ -40,7 +40,7 @@ class InventoryMachine(RuleBasedStateMachine):
     def commit(self, data: st.DataObject, n: int, tenant: bytes, cost: float) -> None:
         self.twin.commit(data.draw(st.sampled_from(self.twin.held())), n, tenant, cost)
 
-    @rule(kind=st.sampled_from(["match", "find", "pin", "unpin", "evict"]), numbers=MANY)
+    @rule(kind=st.sampled_from(["match", "find", "look", "pin", "unpin", "evict"]), numbers=MANY)
     def by_key(self, kind: str, numbers: list[int]) -> None:
         getattr(self.twin, kind)(numbers)
 
@@ -104,7 +104,7 @@ def one_step(twin: Twin, rng: random.Random) -> None:
         for n, block in zip(numbers(), some, strict=False):
             twin.commit(block, n, rng.choice(TENANTS), rng.choice([0.0, 0.5, 1.0, 8.0]))
     elif move < 10:
-        getattr(twin, rng.choice(["match", "find"]))(numbers())
+        getattr(twin, rng.choice(["match", "find", "look"]))(numbers())
     elif move < 14:
         twin.release(held if len(held) > 16 else some)
     elif move == 14:
