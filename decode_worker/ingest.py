@@ -117,7 +117,7 @@ class Ingests:
         reservation.pulling = task
         self._pulls.add(task)
         task.add_done_callback(partial(self._pulled, reservation))
-        return reservation.plan.keys
+        return [*reservation.plan.keys, *reservation.plan.salted_keys]
 
     def drop(self, key: AttemptKey) -> None:
         """Gives a reservation up. Blocks that are being written into follow when the transport has let go of them."""

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
+
+FEW = 32  # blocks up to which a loop is quicker than arrays
 
 
 class Span(NamedTuple):
@@ -18,15 +23,18 @@ class Span(NamedTuple):
 def coalesce(source_blocks: Sequence[int], dest_blocks: Sequence[int], blocks_max: int) -> Iterator[Span]:
     """Cuts the pairs, in order, into the longest spans of at most `blocks_max` blocks."""
     assert len(source_blocks) == len(dest_blocks), "every block has one destination"
-    start, total = 0, len(source_blocks)
-    while start < total:
-        count = 1
-        while (
-            count < blocks_max
-            and start + count < total
-            and source_blocks[start + count] == source_blocks[start] + count
-            and dest_blocks[start + count] == dest_blocks[start] + count
-        ):
-            count += 1
-        yield Span(start, source_blocks[start], dest_blocks[start], count)
-        start += count
+    for start, stop in pairwise(_breaks(source_blocks, dest_blocks)):
+        for first in range(start, stop, blocks_max):
+            yield Span(first, source_blocks[first], dest_blocks[first], min(blocks_max, stop - first))
+
+
+def _breaks(source_blocks: Sequence[int], dest_blocks: Sequence[int]) -> list[int]:
+    """Where runs of neighbours begin, and the end of the last."""
+    total = len(source_blocks)
+    if total <= FEW:
+        pairs = list(zip(source_blocks, dest_blocks, strict=True))
+        inner = [at for at in range(1, total) if pairs[at] != (pairs[at - 1][0] + 1, pairs[at - 1][1] + 1)]
+    else:
+        source, dest = (np.fromiter(blocks, np.int64, total) for blocks in (source_blocks, dest_blocks))
+        inner = (1 + np.flatnonzero((source[1:] - source[:-1] != 1) | (dest[1:] - dest[:-1] != 1))).tolist()
+    return [0, *inner, total] if total else []

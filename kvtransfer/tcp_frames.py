@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha256
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -189,7 +190,8 @@ def request(
     head = _REQUEST.pack(
         _REQUEST_MAGIC, seq, timeout_ms, key.attempt, epoch, block_bytes, codec.encode("ascii"), len(name), len(places)
     )
-    return head + name + np.array(places, _places_of(codec)).tobytes()
+    row = "IIQ" if codec == RAW else "IIQQ"  # as in _places_of; struct takes a third of the time of numpy here
+    return head + name + struct.pack("<" + row * len(places), *chain.from_iterable(places))
 
 
 def parse_request_head(data: Buffer) -> RequestHead:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -28,8 +30,13 @@ def test_neighbours_on_both_sides_become_one_span():
     assert spans([], []) == []
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=40), st.integers(1, 5))
-def test_spans_cover_every_pair_once_in_order(pairs, blocks_max):
+runs = st.tuples(st.integers(0, 90), st.integers(0, 90), st.integers(1, 30))
+scattered = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=80)  # longer than what a loop cuts
+neighbours = st.lists(runs, max_size=8).map(lambda cut: [(a + n, b + n) for a, b, length in cut for n in range(length)])
+
+
+@given(scattered | neighbours, st.integers(1, 5))
+def test_spans_cover_every_pair_once_in_order_and_are_as_long_as_they_can_be(pairs, blocks_max):
     source, dest = [a for a, _ in pairs], [b for _, b in pairs]
     covered = [
         (first + n, start + n, dest_start + n)
@@ -37,7 +44,11 @@ def test_spans_cover_every_pair_once_in_order(pairs, blocks_max):
         for n in range(count)
     ]
     assert covered == [(place, *pair) for place, pair in enumerate(pairs)]
-    assert all(span.num_blocks <= blocks_max for span in coalesce(source, dest, blocks_max))
+    found = list(coalesce(source, dest, blocks_max))
+    assert all(span.num_blocks <= blocks_max for span in found)
+    for one, following in pairwise(found):
+        adjacent = (following.source, following.dest) == (one.source + one.num_blocks, one.dest + one.num_blocks)
+        assert not adjacent or one.num_blocks == blocks_max
 
 
 def source(transports=HERE, host="h1", path="/dev/shm/tandem-x", tcp=""):
