@@ -56,3 +56,7 @@ class WorkerMetrics:
         states = [((state,), getattr(counts, state)) for state in ("free", "cached", "active")]
         yield gauges("tandem_kv_blocks", "KV blocks by state.", ("state",), states)
         yield gauge("tandem_kv_leases", "Leases on KV blocks that are open.", self._inventory.leases_open())
+        gone = self._inventory.evictions
+        evicted = [(("dram",), gone.for_space + gone.asked)]
+        yield counters("tandem_kv_evictions_total", "Blocks evicted, by tier.", ("tier",), evicted)
+        yield histogram_family("tandem_kv_evicted_idle_seconds", "How long evicted blocks had been idle.", [(gone.idle_s, {})])

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 
 from core.blocks import BlockKey, KvLayout, root_key
+from core.clock import SystemClock
 from core.errors import ConfigError
 from core.hostspec import HostSpec
 from core.inventory import Inventory
@@ -70,7 +71,7 @@ def build_node(spec: HostSpec, progress: Progress) -> Node:
     progress(0.9, f"taking memory for {num_blocks} KV blocks")
     arena = open_arena(config.transfer, spec.worker_id, spec.epoch, num_blocks, layout.block_bytes)
     try:
-        inventory = Inventory(num_blocks, cast(MutableSequence[int], arena.generation_words()))
+        inventory = Inventory(num_blocks, cast(MutableSequence[int], arena.generation_words()), clock=SystemClock().now)
         executor = TorchExecutor(model, model.kv_tensor(torch.from_numpy(arena.bytes_view())))
     except BaseException:
         arena.close()
