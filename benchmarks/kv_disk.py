@@ -1,8 +1,9 @@
 """The disk tier against plain file writes and reads of the same bytes, on the same disk, in turns.
 
 Claims
-- From and to the disk itself, put and get move at least 0.7 of what pwritev and preadv of the same blocks in the same span
-  size get, digest, index and the copy into staging included: writes until fdatasync is back, reads with nothing cached.
+- From and to the disk itself, put and get move at least 0.7 of what the quickest plain way does with the same blocks in the
+  same span size, digest, index and the copy into staging included: writes until fdatasync is back (pwritev, pwritev with
+  O_DIRECT, and dd itself), reads with nothing cached (preadv, and with O_DIRECT).
 - The same within the page cache, what a put costs its caller, and the time to find 10,000 blocks after a restart are stated.
 
 Plain files are written and read by one thread, as dd does it; the tier reads with two.
@@ -14,11 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 
@@ -34,17 +36,8 @@ SIZES_MIB = (16, 64)
 SMALL = KvLayout(b"small" + bytes(11), "float32", 1, 1, 16, 16)
 
 
-class Speeds(NamedTuple):
-    """GB/s, in the order they are measured. Warm: in the page cache, cold: from and to the disk."""
-
-    warm_put: float
-    cold_put: float
-    warm_write: float
-    cold_write: float
-    cold_get: float
-    warm_get: float
-    cold_read: float
-    warm_read: float
+WRITES = ("pwritev", "pwritev with O_DIRECT", "dd conv=fdatasync")
+READS = ("preadv", "preadv with O_DIRECT")
 
 
 def settle(directory: Path, pattern: str) -> None:
@@ -56,63 +49,103 @@ def settle(directory: Path, pattern: str) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, blocks: Blocks) -> None:
+def write_file(path: Path, blocks: Blocks, flags: int = 0) -> None:
     """The same blocks in spans of the tier's batch size, straight from memory."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | flags)
     step = BATCH_BYTES // BLOCK_BYTES
     for first in range(0, len(blocks), step):
         os.pwritev(fd, [block.data for block in blocks[first : first + step]], first * BLOCK_BYTES)
     os.close(fd)
 
 
-def read_file(path: Path, out: Blocks) -> None:
-    fd = os.open(path, os.O_RDONLY)
+def read_file(path: Path, out: Blocks, flags: int = 0) -> None:
+    fd = os.open(path, os.O_RDONLY | flags)
     step = SPAN_BYTES // BLOCK_BYTES
     for first in range(0, len(out), step):
         os.preadv(fd, [block.data for block in out[first : first + step]], first * BLOCK_BYTES)
     os.close(fd)
 
 
-async def one_round(disk: DiskTier, directory: Path, keys: list[bytes], source: Blocks, out: Blocks) -> list[float]:
-    """Seconds of each of `Speeds`."""
-    path = directory / "plain"
-    path.unlink(missing_ok=True)
-    marks = [time.perf_counter()]
-
-    def mark() -> float:
-        marks.append(time.perf_counter())
-        return marks[-1] - marks[-2]
-
-    assert all(disk.put(key, block) for key, block in zip(keys, source, strict=True))
-    assert await disk.flush()
-    put = mark()
-    settle(directory, "*/*.seg")
-    put_synced = put + mark()
-    write_file(path, source)
-    written = mark()
-    settle(directory, "plain")
-    written_synced = written + mark()
-    gets, reads = [], []
-    for _ in ("cold", "warm"):
-        assert all(await disk.get(keys, list(out)))
-        gets.append(mark())
-        read_file(path, out)
-        reads.append(mark())
-    return [put, put_synced, written, written_synced, *gets, *reads]
+def dd_s(data: Path, path: Path) -> float:
+    """Seconds by dd's own clock, from a file in memory; without what starting it takes."""
+    command = ["dd", f"if={data}", f"of={path}", f"bs={BATCH_BYTES // BLOCK_BYTES * BLOCK_BYTES}", "conv=fdatasync"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env={"LC_ALL": "C", "PATH": os.defpath})
+    return float(told.stderr.rpartition("copied,")[2].split()[0])
 
 
-async def one_size(directory: Path, mib: int, rounds: int) -> Speeds:
+class Round:
+    """One turn of everybody: seconds by what was done."""
+
+    def __init__(self, directory: Path, data: Path) -> None:
+        self._directory, self._data = directory, data
+        self._marked = 0.0
+        self.seconds: dict[str, float] = {}
+
+    async def run(self, disk: DiskTier, keys: list[bytes], source: Blocks, out: Blocks) -> dict[str, float]:
+        self._begin()
+        assert all(disk.put(key, block) for key, block in zip(keys, source, strict=True))
+        assert await disk.flush()
+        self._mark("cached put")
+        settle(self._directory, "*/*.seg")
+        self._mark("put")
+        self.seconds["put"] += self.seconds["cached put"]
+        self._plain_writes(source)
+        for kind in ("", "cached "):
+            self._begin()
+            assert all(await disk.get(keys, list(out)))
+            self._mark(f"{kind}get")
+            read_file(self._directory / "plain", out)
+            self._mark(f"{kind}preadv")
+        settle(self._directory, "plain")
+        with suppress(OSError):  # not every file system knows O_DIRECT
+            self._begin()
+            read_file(self._directory / "plain", out, os.O_DIRECT)
+            self._mark("preadv with O_DIRECT")
+        return self.seconds
+
+    def _plain_writes(self, source: Blocks) -> None:
+        path = self._directory / "plain"
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._begin()
+            write_file(path, source, os.O_DIRECT)
+            settle(self._directory, "plain")
+            self._mark("pwritev with O_DIRECT")
+        path.unlink(missing_ok=True)
+        self.seconds["dd conv=fdatasync"] = dd_s(self._data, path)
+        path.unlink()
+        self._begin()
+        write_file(path, source)
+        self._mark("cached pwritev")
+        settle(self._directory, "plain")
+        self._mark("pwritev")
+        self.seconds["pwritev"] += self.seconds["cached pwritev"]
+
+    def _begin(self) -> None:
+        self._marked = time.perf_counter()
+
+    def _mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._marked
+        self._marked = now
+
+
+async def one_size(directory: Path, mib: int, rounds: int) -> dict[str, float]:
+    """GB/s by what was done, medians."""
     count = mib * MIB // BLOCK_BYTES
     source, out = (HostArena(count, BLOCK_BYTES).bytes_view() for _ in range(2))
     source[:] = np.random.default_rng(0).integers(0, 256, source.shape, np.uint8)
     disk = DiskTier.open(directory, LAYOUT, 2 * (rounds + 2) * mib * MIB, DiskOptions(queue_bytes=2 * mib * MIB))
     taken = []
-    for number in range(rounds + 1):
-        keys = [(number * count + n).to_bytes(KEY_BYTES, "big") for n in range(count)]
-        taken.append(await one_round(disk, directory, keys, source, out))
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="tandem-bench-") as data:
+        data.write(source)
+        data.flush()
+        for number in range(rounds + 1):
+            keys = [(number * count + n).to_bytes(KEY_BYTES, "big") for n in range(count)]
+            taken.append(await Round(directory, Path(data.name)).run(disk, keys, source, out))
     await disk.close()
     size = count * BLOCK_BYTES / 1e9
-    return Speeds(*(size / median(column) for column in zip(*taken[1:], strict=True)))  # the first one warms all up
+    return {name: size / median(one[name] for one in taken[1:]) for name in taken[0]}  # the first one warms all up
 
 
 async def put_us(directory: Path) -> tuple[float, float]:
@@ -145,24 +178,30 @@ async def restart_ms(directory: Path, blocks: int) -> float:
     return took_s * 1e3
 
 
+def _rows(mib: int, seen: dict[str, float], how: str) -> list[Row]:
+    write, read = (max((name for name in names if name in seen), key=lambda name: seen[name]) for names in (WRITES, READS))
+    wrote, was_read = (
+        f"{how}; " + ", ".join(f"{name} {seen[name]:.2f} GB/s" for name in names if name in seen) for names in (WRITES, READS)
+    )
+    put, get = seen["put"] / seen[write], seen["get"] / seen[read]
+    cached_put, cached_get = (seen[f"cached {a}"] / seen[f"cached {b}"] for a, b in (("put", "pwritev"), ("get", "preadv")))
+    return [
+        Row(f"disk_write_{mib}mib", f"the quickest plain write, {mib} MiB", seen[write], "GB/s", peer=write, how=wrote),
+        Row(f"disk_put_{mib}mib", f"put to disk, {mib} MiB", put, "x", 0.7, ">=", write, wrote),
+        Row(f"disk_read_{mib}mib", f"the quickest plain read, {mib} MiB", seen[read], "GB/s", peer=read, how=was_read),
+        Row(f"disk_get_{mib}mib", f"get from disk, {mib} MiB", get, "x", 0.7, ">=", read, was_read),
+        Row(f"cache_put_{mib}mib", f"put, cached, {mib} MiB", cached_put, "x", peer="pwritev", how=how),
+        Row(f"cache_get_{mib}mib", f"get, cached, {mib} MiB", cached_get, "x", peer="preadv", how=how),
+    ]
+
+
 async def measure(directory: Path, quick: bool) -> list[Row]:
     rows, rounds = [], 5 if quick else 15
     for mib in SIZES_MIB:
         how = f"blocks of {BLOCK_BYTES // 1024} KiB, median of {rounds} rounds in turns"
         with tempfile.TemporaryDirectory(dir=directory) as name:
             seen = await one_size(Path(name), mib, rounds)
-        put, get = seen.cold_put / seen.cold_write, seen.cold_get / seen.cold_read
-        warm_put, warm_get = seen.warm_put / seen.warm_write, seen.warm_get / seen.warm_read
-        rows += [
-            Row(f"disk_write_{mib}mib", f"pwritev and fdatasync, {mib} MiB", seen.cold_write, "GB/s", how=how),
-            Row(f"disk_put_{mib}mib", f"put to disk, {mib} MiB", put, "x", 0.7, ">=", "pwritev", how),
-            Row(f"disk_read_{mib}mib", f"preadv, nothing cached, {mib} MiB", seen.cold_read, "GB/s", how=how),
-            Row(f"disk_get_{mib}mib", f"get from disk, {mib} MiB", get, "x", 0.7, ">=", "preadv", how),
-            Row(f"cache_write_{mib}mib", f"pwritev, cached, {mib} MiB", seen.warm_write, "GB/s", how=how),
-            Row(f"cache_put_{mib}mib", f"put, cached, {mib} MiB", warm_put, "x", peer="pwritev", how=how),
-            Row(f"cache_read_{mib}mib", f"preadv, cached, {mib} MiB", seen.warm_read, "GB/s", how=how),
-            Row(f"cache_get_{mib}mib", f"get, cached, {mib} MiB", warm_get, "x", peer="preadv", how=how),
-        ]
+        rows += _rows(mib, seen, how)
     with tempfile.TemporaryDirectory(dir=directory) as name:
         put_took_us, copy_took_us = await put_us(Path(name))
     rows.append(Row("disk_put_call", "a put as its caller sees it", put_took_us, "us", None, "<=", "", "one block"))
