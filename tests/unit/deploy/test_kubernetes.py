@@ -54,7 +54,7 @@ def test_every_pod_template_of_the_ray_cluster_is_a_valid_pod(group):
 
 
 def test_each_pool_has_a_worker_group_and_the_resource_the_launcher_asks_for():
-    assert set(GROUPS) == {"prefill", "decode", "router"}
+    assert set(GROUPS) == {"prefill", "decode", "store", "router"}
     for name, group in GROUPS.items():
         assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {resource_of(WorkerRole(name)): 1}
 
