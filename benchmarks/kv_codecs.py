@@ -3,7 +3,7 @@
 Claims
 - Lossless codecs change nothing: the perplexity of the continuation is the same number.
 - int8 changes the perplexity of held-out text by less than 1 %.
-- Size against raw, and the speed of one thread, are stated for every codec.
+- Size against raw, the speed of one thread, and the link rate below which it is quicker than raw are stated for every codec.
 
 Held-out files of the standard library; the KV of a prompt half is computed, encoded, decoded and put back, then the other
 half is fed token by token and judged. The same KV and tokens for every codec.
@@ -149,6 +149,12 @@ def measure(dtype: str, texts: int, judged_tokens: int) -> list[Row]:
             Row(f"encode_{name}_{dtype}", f"encode, {name}, {dtype}", encode, "GB/s", how="plain bytes, one thread"),
             Row(f"decode_{name}_{dtype}", f"decode, {name}, {dtype}", decode, "GB/s", how="plain bytes, one thread"),
         ]
+        if name != "raw":
+            pays_below = 1e3 * (1 - ratio) / (1 / encode + 1 / decode)
+            what = f"link rate below which {name} is quicker than raw, {dtype}"
+            rows.append(
+                Row(f"pays_below_{name}_{dtype}", what, pays_below, "MB/s", how="one thread on each end, nothing overlapped")
+            )
     return rows
 
 
