@@ -24,6 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cli.redis_server import redis_server
 from tandem import Client, SamplingParams
 from tandem.errors import TandemError, UnavailableError
 
@@ -54,8 +55,8 @@ class Shown:
 def main() -> int:
     began = time.monotonic()
     try:
-        with _cluster() as (grpc, http):
-            _introduce(grpc, http, time.monotonic() - began)
+        with redis_server() as redis, _cluster(redis.url) as (grpc, http):
+            _introduce(grpc, http, redis.url, time.monotonic() - began)
             shown = [*_over_grpc(grpc), _over_http(http)]
             _explain(shown)
             console.print("\nEnding the cluster …", style="dim")
@@ -72,10 +73,10 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def _cluster() -> Iterator[tuple[str, str]]:
+def _cluster(redis_url: str) -> Iterator[tuple[str, str]]:
     """`tandem up` on free ports in a process of its own; yields its gRPC and HTTP addresses."""
     command = [sys.executable, "-m", "cli.main", "up", "--launcher", "ray", "--prefill", "1", "--decode", "1"]
-    command += ["--log-level", "warning"]
+    command += ["--redis", redis_url, "--log-level", "warning"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
         try:
@@ -194,14 +195,15 @@ def _plain_chunks(address: str, body: dict[str, Any]) -> Iterator[dict[str, Any]
 # ---- words -------------------------------------------------------------------------------------------------------
 
 
-def _introduce(grpc: str, http: str, took_s: float) -> None:
+def _introduce(grpc: str, http: str, redis_url: str, took_s: float) -> None:
     console.print(
         Panel(
             "[bold]Tandem is serving a real model[/], a small Llama trained on Python's own source code, "
             f"{took_s:.0f} s after the start.\n\n"
             "  prefill-0   reads a prompt and computes its attention state, the KV cache\n"
             "  decode-0    gets that cache over shared memory and writes the answer, token by token\n"
-            f"  router-0    takes requests at grpc={grpc} and http={http}, and places each on a pair\n\n"
+            f"  router-0    takes requests at grpc={grpc} and http={http}, and places each on a pair\n"
+            f"  redis       a real one, at {redis_url}: who holds which blocks of that cache\n\n"
             "Why split them? Long prompts would make every running answer stutter; on workers of their own they cannot.",
             title="make demo",
             border_style="cyan",

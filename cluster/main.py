@@ -27,6 +27,7 @@ from kvtransfer.shared_arena import remove_stale
 
 log = logging.getLogger(__name__)
 
+REDIS_CHECK_S = 2.0
 FAILED_GRACE_S = 3.0
 """For hosts of a cluster that could not come up: nothing runs on them, but their shared memory has to be removed."""
 
@@ -91,6 +92,7 @@ async def _up(
     on_line: Callable[[str], None],
 ) -> None:
     signals = _Signals()
+    await _check_directory(config)
     async with _launcher(config, on_line, signals) as launcher:
         controller = Controller(config, launcher, desired)
         servicer = ClusterServicer(controller, config.cluster.heartbeat_s, signals.stop.set)
@@ -107,6 +109,17 @@ async def _up(
                 grace_s = config.cluster.grace_s
                 await _take_down(controller, control, min(FAILED_GRACE_S, grace_s) if control.done() else grace_s, signals)
                 remove_stale(config.transfer.shm_dir)  # of workers that were killed and not replaced any more
+
+
+async def _check_directory(config: Config) -> None:
+    """Raises ConfigError for a Redis that will never do; one that is away is only mentioned, as requests do without it."""
+    if not config.redis:
+        return
+    from kvtransfer.redis_check import check_redis
+
+    trouble = await check_redis(config.redis, max(REDIS_CHECK_S, config.store.directory_timeout_s))
+    if trouble:
+        log.warning("redis: %s; until it does, workers find only their own blocks", trouble)
 
 
 async def _take_down(controller: Controller, control: asyncio.Task[None], grace_s: float, signals: _Signals) -> None:

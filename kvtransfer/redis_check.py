@@ -30,7 +30,8 @@ async def check_redis(url: str, timeout_s: float) -> str:
         hint = _hint(fault)
         if hint:
             raise ConfigError(f"redis: {target}: {fault}; {hint}") from None
-        return f"{target} does not answer: {fault or error.message}"
+        doubt = "; check that it speaks TLS there" if target.tls else ""
+        return f"{target} does not answer: {fault or type(fault).__name__}{doubt}"
     finally:
         await link.close()
     return ""
@@ -43,9 +44,13 @@ def _hint(fault: BaseException | None) -> str:
             return "check the name and password in its URL and the rights of that user"
         if isinstance(fault, ssl.SSLError):
             return "check that it speaks TLS there, and `ca` and `verify` in its URL"
-        if isinstance(fault, exceptions.ReadOnlyError):
-            return "this is a replica: name its master, or its Sentinels with redis+sentinel://"
-        if isinstance(fault, exceptions.ResponseError) and str(fault).startswith(("NOAUTH", "NOPERM", "WRONGPASS", "MOVED")):
-            return "check the name and password in its URL, and redis+cluster:// for a Redis Cluster"
+        if isinstance(fault, exceptions.ResponseError):  # of a command inside a script the kind is told in words alone
+            words = str(fault)
+            if "READONLY" in words:
+                return "this is a replica: name its master, or its Sentinels with redis+sentinel://"
+            if words.startswith(("MOVED", "CROSSSLOT")) or isinstance(fault, exceptions.MovedError):
+                return "this is a Redis Cluster: say redis+cluster://"
+            if words.startswith(("NOAUTH", "NOPERM", "WRONGPASS")) or "can't run this command" in words:
+                return "check the name and password in its URL and the rights of that user"
         fault = fault.__cause__ or fault.__context__
     return ""

@@ -30,7 +30,7 @@ from kvtransfer.directory import (
 )
 from kvtransfer.directory_wire import node_from_bytes, node_to_bytes
 from kvtransfer.redis_layout import CLUSTER_SHARDS, RECORD_BYTES, SWEEP_BUCKETS, TAG_BYTES, Layout, Lookup, read_words, words_in
-from kvtransfer.redis_link import open_link
+from kvtransfer.redis_link import has_answered, open_link
 from kvtransfer.redis_scripts import ANNOUNCE, JOIN, LEAVE, NODES, RECORDS, SWEEP, Script
 from kvtransfer.redis_url import parse_redis_url
 
@@ -241,8 +241,11 @@ class RedisDirectory:
         """Tells the breaker how a call went."""
         try:
             answer = await call
-        except DirectoryError:
-            self._breaker.failed(self._clock.now())
+        except DirectoryError as error:
+            if has_answered(error):
+                self._breaker.succeeded()
+            else:
+                self._breaker.failed(self._clock.now())
             raise
         self._breaker.succeeded()
         return answer

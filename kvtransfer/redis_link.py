@@ -100,6 +100,11 @@ def _common(timeout_s: float) -> dict[str, Any]:
     }
 
 
+def has_answered(error: DirectoryError) -> bool:
+    """Whether Redis itself said no, so that it is there."""
+    return isinstance(error.__cause__, exceptions.ResponseError)
+
+
 class Calls:
     """Calls under way on a link: each has a deadline, faults become DirectoryError, and at the end all are cut short."""
 

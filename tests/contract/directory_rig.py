@@ -167,6 +167,7 @@ class Proxy:
         await until(self._quiet)
 
     async def _quiet(self) -> bool:
+        self.cut()  # those that were accepted at the last moment, too
         return not self._writers
 
     def stall(self) -> None:

@@ -1,0 +1,385 @@
+"""A Redis that is away, empty, slow, foreign or wrongly configured: a miss within the deadline, and never anything else."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+import time
+
+import pytest
+from directory_rig import (
+    DEADLINE_S,
+    TTL_S,
+    Proxy,
+    directories,
+    dram,
+    fresh,
+    keys,
+    record,
+    redis_cluster,
+    sentinel,
+    shown,
+    until,
+)
+from redis import Redis
+
+from cli.redis_server import redis_server
+from core.clock import SystemClock
+from core.errors import ConfigError, StaleEpochError
+from kvtransfer.directory import DirectoryError, Tier
+from kvtransfer.redis_check import check_redis
+from kvtransfer.redis_directory import RedisDirectory
+from kvtransfer.redis_layout import BUCKETS
+
+SHORT_S = 0.5
+HELD = {("a", 1, Tier.DRAM)}
+
+
+@pytest.fixture
+def server():
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """Files of an authority, and of a server at 127.0.0.1 and a stranger that vouch for themselves."""
+    folder = tmp_path_factory.mktemp("tls")
+    for name in ("server", "stranger"):
+        new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+        subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
+        files = ["-keyout", str(folder / f"{name}.key"), "-out", str(folder / f"{name}.pem")]
+        subprocess.run([*new, *subject, *files], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+async def opened():
+    """Makes directories that are closed whatever happens."""
+    made = []
+
+    def make(url: str, timeout_s: float = DEADLINE_S, **others) -> RedisDirectory:
+        made.append(RedisDirectory(url, timeout_s=timeout_s, **others))
+        return made[-1]
+
+    yield make
+    for directory in made:
+        await directory.close()
+
+
+@pytest.fixture
+async def patient(server, opened):
+    """A directory that waits far longer than any call takes."""
+    return opened(server.url)
+
+
+async def answers(directory: RedisDirectory) -> bool:
+    try:
+        return shown(await directory.locate(keys(3))) == [HELD] * 3
+    except DirectoryError:
+        return False
+
+
+async def test_redis_stops_and_comes_back_empty(server, opened):
+    """Misses while it is away, within the deadline; then joins are answered False, so that all is announced again."""
+    directory = opened(server.url, SHORT_S)
+    await directory.join(record(), TTL_S)
+    await directory.announce("a", 1, dram(keys(3)), [])
+    assert await answers(directory)
+    server.kill()
+    for call in (
+        lambda: directory.locate(keys(3)),
+        lambda: directory.join(record(), TTL_S),
+        lambda: directory.announce("a", 1, dram(keys(3)), []),
+        lambda: directory.leave("a", 1),
+        lambda: directory.nodes(),
+    ):
+        with pytest.raises(DirectoryError, match=r"127\.0\.0\.1"):
+            await call()
+    server.start()
+
+    async def joined_anew():
+        try:
+            return await directory.join(record(), TTL_S) is False
+        except DirectoryError:
+            return False
+
+    await until(joined_anew)
+    assert await directory.join(record(), TTL_S) is True
+    assert shown(await directory.locate(keys(3))) == []
+    await directory.announce("a", 1, dram(keys(3)), [])
+    await until(lambda: answers(directory))
+
+
+async def test_an_emptied_redis_is_noticed(server, patient):
+    await patient.join(record(), TTL_S)
+    await patient.announce("a", 1, dram(keys(3)), [])
+    with Redis(port=server.port) as operator:
+        operator.flushall()
+    assert shown(await patient.locate(keys(3))) == []
+    assert await patient.announce("a", 1, dram(keys(3)), []) is False
+    assert await patient.join(record(), TTL_S) is False
+
+
+async def test_a_redis_that_forgot_the_last_announcement_is_noticed(server, patient):
+    """As when it restarts from an old snapshot, or a replica takes over that had not heard all."""
+    await patient.join(record(), TTL_S)
+    await patient.announce("a", 1, dram(keys(3)), [])
+    with Redis(port=server.port) as operator:
+        saved = {name: operator.dump(name) for name in operator.scan_iter()}
+        await patient.announce("a", 1, [], dram(keys(1)))
+        operator.flushall()
+        for name, value in saved.items():
+            operator.restore(name, 0, value)
+    assert await patient.join(record(), TTL_S) is False
+    assert shown(await patient.locate(keys(3))) == [], "what it remembers is not what was said"
+
+
+async def test_a_stalled_redis_costs_one_deadline_and_then_nothing(server, opened):
+    async with Proxy(server.port) as proxy:
+        directory = opened(f"redis://127.0.0.1:{proxy.port}", SHORT_S)
+        await directory.join(record(), TTL_S)
+        await directory.announce("a", 1, dram(keys(3)), [])
+        assert await answers(directory)
+        proxy.stall()
+        began = time.monotonic()
+        with pytest.raises(DirectoryError):
+            await directory.locate(keys(3))
+        assert time.monotonic() - began < 20 * SHORT_S, "far over the deadline, however busy this machine"
+        refused = 0
+        for _ in range(200):
+            with pytest.raises(DirectoryError) as caught:
+                await directory.locate(keys(3))
+            refused += "left alone" in str(caught.value)
+        assert refused > 150, "only a few were to try"
+        proxy.flow()
+        await until(lambda: answers(directory))
+
+
+async def test_an_announcement_that_timed_out_is_asked_for_again(server, opened):
+    async with Proxy(server.port) as proxy:
+        directory = opened(f"redis://127.0.0.1:{proxy.port}", SHORT_S)
+        await directory.join(record(), TTL_S)
+        await directory.announce("a", 1, dram(keys(3)), [])
+        proxy.stall()
+        with pytest.raises(DirectoryError):
+            await directory.announce("a", 1, [], dram(keys(3)))
+        proxy.flow()
+        known = []
+
+        async def joined():
+            try:
+                known.append(await directory.join(record(), TTL_S))
+            except DirectoryError:
+                return False
+            return True
+
+        await until(joined)
+        assert known == [False]
+        await until(joined)
+        assert known == [False, True]
+
+
+async def test_connections_cut_under_calls(server, opened):
+    async with Proxy(server.port) as proxy:
+        directory = opened(f"redis://127.0.0.1:{proxy.port}")
+        await directory.join(record(), TTL_S)
+        await directory.announce("a", 1, dram(keys(3)), [])
+        for _ in range(20):
+            call = asyncio.create_task(directory.locate(keys(3)))
+            await asyncio.sleep(0)
+            proxy.cut()
+            try:
+                assert shown(await call) == [HELD] * 3
+            except DirectoryError:
+                await until(lambda: answers(directory))
+
+
+async def test_nobody_listens_there(opened):
+    with pytest.raises(ConfigError, match="begins with"):
+        opened("localhost:6379", SHORT_S)
+    directory = opened("redis://127.0.0.1:1", SHORT_S)
+    with pytest.raises(DirectoryError):
+        await directory.locate(keys(3))
+    assert "127.0.0.1:1 does not answer" in await check_redis("redis://127.0.0.1:1", SHORT_S)
+    assert "does not answer" in await check_redis("redis://no.such.host.invalid", SHORT_S)
+    assert "does not answer" in await check_redis("redis+sentinel://127.0.0.1:1/main", SHORT_S)
+    assert "does not answer" in await check_redis("redis+cluster://127.0.0.1:1", SHORT_S)
+
+
+async def test_what_listens_there_is_no_redis(opened):
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+        await reader.read()
+        writer.close()
+
+    stranger = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with stranger:
+        url = f"redis://127.0.0.1:{stranger.sockets[0].getsockname()[1]}"
+        directory = opened(url, SHORT_S)
+        for call in (directory.locate(keys(3)), directory.join(record(), TTL_S), directory.nodes()):
+            with pytest.raises(DirectoryError):
+                await call
+        assert "does not answer" in await check_redis(url, SHORT_S)
+
+
+async def test_passwords(opened):
+    with redis_server(options=("--requirepass", "se cr/et")) as server:
+        good, bad, none = (f"redis://{login}127.0.0.1:{server.port}" for login in (":se%20cr%2Fet@", ":guess@", ""))
+        assert await check_redis(good, DEADLINE_S) == ""
+        for url in (bad, none):
+            with pytest.raises(ConfigError, match="check the name and password") as caught:
+                await check_redis(url, DEADLINE_S)
+            assert "guess" not in str(caught.value)
+            directory = opened(url)
+            with pytest.raises(DirectoryError):
+                await directory.locate(keys(3))
+        with Redis(port=server.port, password="se cr/et") as operator:
+            operator.execute_command("ACL", "SETUSER", "reader", "on", ">pw", "~*", "+@read", "+ping")
+        with pytest.raises(ConfigError, match="rights of that user"):
+            await check_redis(f"redis://reader:pw@127.0.0.1:{server.port}", DEADLINE_S)
+
+
+async def test_tls(server, certificates, opened):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+    async with Proxy(server.port, context) as proxy:
+        place = f"127.0.0.1:{proxy.port}"
+        trusted = f"rediss://{place}?ca={certificates / 'server.pem'}"
+        assert await check_redis(trusted, DEADLINE_S) == ""
+        directory = opened(trusted)
+        await directory.join(record(), TTL_S)
+        await directory.announce("a", 1, dram(keys(3)), [])
+        assert await answers(directory)
+        assert await check_redis(f"rediss://{place}?verify=none", DEADLINE_S) == ""
+        for distrusted in (f"rediss://{place}", f"rediss://{place}?ca={certificates / 'stranger.pem'}"):
+            with pytest.raises(ConfigError, match="`ca` and `verify`"):
+                await check_redis(distrusted, DEADLINE_S)
+            directory = opened(distrusted)
+            with pytest.raises(DirectoryError):
+                await directory.locate(keys(3))
+        assert "does not answer" in await check_redis(f"redis://{place}", DEADLINE_S)  # plain bytes to a TLS port
+    assert "check that it speaks TLS there" in await check_redis(f"rediss://127.0.0.1:{server.port}?verify=none", SHORT_S)
+
+
+async def test_a_replica_takes_no_writes(server, opened):
+    with redis_server(options=("--replicaof", "127.0.0.1", str(server.port))) as replica:
+        with Redis(port=replica.port) as operator:
+
+            async def linked():
+                return operator.info("replication")["master_link_status"] == "up"
+
+            await until(linked)
+        with pytest.raises(ConfigError, match="this is a replica"):
+            await check_redis(replica.url, DEADLINE_S)
+        directory = opened(replica.url)
+        with pytest.raises(DirectoryError):
+            await directory.join(record(), TTL_S)
+
+
+async def test_a_full_redis_takes_no_more_and_still_answers(server, patient):
+    await patient.join(record(), TTL_S)
+    await patient.announce("a", 1, dram(keys(3)), [])
+    with Redis(port=server.port) as operator:
+        operator.config_set("maxmemory", 1)
+        with pytest.raises(DirectoryError):
+            await patient.announce("a", 1, dram(keys(9)), [])
+        assert shown(await patient.locate(keys(3))) == [HELD] * 3
+        operator.config_set("maxmemory", 0)
+    assert await patient.join(record(), TTL_S) is False
+
+
+async def test_foreign_bytes_under_our_names(server, patient):
+    """Somebody else's data, or damage: misses, no crash."""
+    await patient.join(record(), TTL_S)
+    await patient.announce("a", 1, dram(keys(40)), [])
+    with Redis(port=server.port) as operator:
+        for at, name in enumerate(operator.keys("tandem{0}???")):
+            if at % 2:
+                operator.set(name, b"\xff" * 57)
+            else:
+                operator.delete(name)
+                operator.lpush(name, "a list")
+    assert shown(await patient.locate(keys(40))) == []
+    with Redis(port=server.port) as operator:
+        for number in operator.hkeys("tandem{0}record"):
+            operator.hset("tandem{0}record", number, b"\xff damaged")
+    assert await patient.nodes() == []
+    assert await patient.join(record(), TTL_S) is True
+    assert await patient.nodes() == [record()]
+
+
+async def test_what_dead_nodes_held_is_swept_out(server, patient):
+    with Redis(port=server.port) as operator:
+        await patient.join(record(), TTL_S)
+        await patient.join(record("b"), TTL_S)
+        await patient.announce("a", 1, dram(keys(600)), [])
+        await patient.announce("b", 1, dram(keys(300)), [])
+        before = operator.dbsize()
+        assert await patient.join(record(epoch=2), TTL_S) is False
+        assert shown(await patient.locate(keys(3))) == [{("b", 1, Tier.DRAM)}] * 3
+
+        async def swept():
+            return not operator.exists("tandem{0}dead")
+
+        operator.hset("tandem{0}dead", "1", 128 * 40)  # as if most of the way were done
+        await until(swept)
+        assert operator.hlen("tandem{0}record") == operator.zcard("tandem{0}live") == operator.hlen("tandem{0}owner") == 2
+        assert operator.dbsize() <= before
+        assert len((await patient.locate(keys(600))).holders) == 300
+        assert operator.get("tandem{0}cursor") is not None
+        assert int(operator.get("tandem{0}cursor")) < BUCKETS
+
+
+async def test_by_sentinel(server, tmp_path):
+    with sentinel(server, "main", tmp_path) as url:
+        assert await check_redis(url, DEADLINE_S) == ""
+        assert "does not answer" in await check_redis(url.replace("/main", "/other"), DEADLINE_S)
+        async with directories("redis", url) as make:
+            one, other = make(), make()
+            await one.join(record(), TTL_S)
+            await one.announce("a", 1, dram(keys(3)), [])
+            assert shown(await other.locate(keys(3))) == [HELD] * 3
+
+
+async def test_one_shard_of_a_cluster_restarts_empty(opened):
+    """What it held is missed; the others still serve, and the join asks for everything again."""
+    with redis_cluster() as url:
+        assert await check_redis(url, DEADLINE_S) == ""
+        directory = opened(fresh(url))
+        await directory.join(record(), TTL_S)
+        await directory.announce("a", 1, dram(keys(200)), [])
+        assert len((await directory.locate(keys(200))).holders) == 200
+        with Redis(port=int(url.rpartition(":")[2])) as operator:
+            operator.flushall()
+        assert len((await directory.locate(keys(200))).holders) < 200
+        assert await directory.join(record(), TTL_S) is False
+        assert await directory.announce("a", 1, dram(keys(200)), [])
+        assert len((await directory.locate(keys(200))).holders) == 200
+        with pytest.raises(ConfigError, match=r"redis\+cluster://"):
+            await check_redis(url.partition(",")[0].replace("+cluster", ""), DEADLINE_S)
+
+
+async def test_two_clusters_on_one_redis_do_not_meet(server, opened):
+    one, other = (opened(f"{server.url}?prefix={name}") for name in ("blue", "green"))
+    await one.join(record(epoch=5), TTL_S)
+    await one.announce("a", 5, dram(keys(3)), [])
+    assert await other.join(record(epoch=4), TTL_S) is False
+    assert shown(await other.locate(keys(3))) == []
+    with pytest.raises(StaleEpochError):
+        await one.join(record(epoch=4), TTL_S)
+
+
+async def test_the_clock_of_the_breaker_is_the_callers(server, opened):
+    class Stuck(SystemClock):
+        def now(self) -> float:
+            return 100.0
+
+    directory = opened("redis://127.0.0.1:1", SHORT_S, clock=Stuck())
+    with pytest.raises(DirectoryError, match="Connect call failed"):
+        await directory.locate(keys(1))
+    for _ in range(5):
+        with pytest.raises(DirectoryError, match="left alone"):
+            await directory.locate(keys(1))
