@@ -171,3 +171,24 @@ def test_split_tokens_are_the_tokens_of_one_worker(bench, item, expected, prompt
         assert seen.tokens[i.key] + rest.tokens[i.key] == expected(i)
     source.assert_nothing_held()
     sink.assert_nothing_held()
+
+
+@pytest.mark.parametrize("exact", [0, 1, 3])
+def test_what_is_computed_on_lossy_kv_goes_under_the_salted_chain(bench, item, expected, exact) -> None:
+    """`exact` blocks in front keep the keys they have; nothing computed on what follows them gets an exact key."""
+    b, salted_root = bench(role=DecodeRole()), root_key(b"fake", codec="int8")
+    prompt = tuple(range(14))  # three blocks and a half
+    tokens = expected(item("a", prompt, max_tokens=12))
+    whole = (*prompt, *tokens)
+    keys, salted = block_keys(root_key(b"fake"), whole, 4), block_keys(salted_root, whole, 4)
+    blocks = b.pulled(prompt)
+    for index in range(3):
+        b.inventory.commit(blocks[index], (keys if index < exact else salted)[index])
+    arrived = item("a", prompt, max_tokens=12, generated=tokens[:1])
+    b.loop.submit(arrived, b.now, blocks, len(prompt), salted_root)
+    seen = b.drain()
+    assert seen.tokens[A] == tokens[1:]
+    full = (len(whole) - 1) // 4
+    assert [b.inventory.key_of(block) for block in blocks[:3]] == [*keys[:exact], *salted[exact:3]]
+    assert len(b.inventory.match(keys)) == exact
+    assert len(b.inventory.match(salted[exact:])) == full - exact
