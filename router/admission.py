@@ -112,9 +112,10 @@ def resolve(params: SamplingParams, prompt_len: int, card: ModelCard, request_id
 
 
 def journey_spec(
-    request_id: str, prompt: tuple[int, ...], sampling: SamplingParams, text: Text, first_attempt: int
+    request_id: str, prompt: tuple[int, ...], sampling: SamplingParams, text: Text, first_attempt: int, slo: Slo
 ) -> JourneySpec:
-    return JourneySpec(request_id, prompt, sampling, eos_token_ids=text.eos_token_ids, first_attempt=first_attempt)
+    eos = text.eos_token_ids
+    return JourneySpec(request_id, prompt, sampling, eos_token_ids=eos, first_attempt=first_attempt, slo=slo)
 
 
 def _too_long(tokens: int, context: int) -> PromptTooLongError:

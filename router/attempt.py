@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.request import WorkItem
+from core.request import Slo, WorkItem
 from tandem.sampling import SamplingParams
+
+NO_LIMITS = Slo()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class JourneySpec:
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: bytes = b""
     first_attempt: int = 1
+    slo: Slo = NO_LIMITS
 
 
 class Attempt:

@@ -23,7 +23,7 @@ from router.codec import Addressed
 from router.journey import Journey, State
 from router.links import Links
 from router.placing import Placer
-from router.policy import Nobody, Pair
+from router.policy import Need, Nobody, Pair
 from router.queue import Pace, WaitQueue
 from router.situation import Situation
 from router.view import NO_CLAIM, ClusterView
@@ -240,6 +240,7 @@ class Dispatcher:
                 self._leave_queue(live)
                 live.sink.accepted()
             case ev.Finish(reason, error):
+                self.placer.ended(live.journey.spec, len(live.journey.log), reason)
                 if live.accepted:
                     self.attempts[reason.value if reason is not None else "failed"] += 1
                 self._forget(live)
@@ -253,8 +254,16 @@ class Dispatcher:
         situation = self.situation()
         if live.keys is None:
             live.keys = self.placer.keys(situation, journey.spec)
-        tokens = len(journey.spec.prompt) + len(journey.log)
-        choice = self.placer.choose(situation, tokens, live.keys, avoid, live.prefer)
+        so_far = len(journey.log)
+        need = Need(
+            len(journey.spec.prompt) + so_far,
+            avoid,
+            live.prefer,
+            live.keys,
+            slo=journey.spec.slo,
+            output_tokens=self.placer.answer(journey.spec, so_far),
+        )
+        choice = self.placer.decide(situation, need).place
         if isinstance(choice, Nobody):
             self._wait(live, urgent=journey.facts.sent_at is not None)
             live.inbox.append(ev.NoPlace(choice.reason, choice.busy))

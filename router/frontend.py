@@ -128,7 +128,7 @@ class Frontend:
         self._dispatcher.check_room()
         ids = await prompt_ids(request, self.text, card)
         sampling = resolve(request.sampling, len(ids), card, request_id)
-        spec = journey_spec(request_id, ids, sampling, self.text, self._used.first_attempt(request_id))
+        spec = journey_spec(request_id, ids, sampling, self.text, self._used.first_attempt(request_id), request.slo)
         stop_ids = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else self.text.eos_token_ids)
 
         def text_of(choice: int) -> ChoiceText:

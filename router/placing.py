@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from core.blocks import BlockKey
+from core.request import FinishReason
 from router.attempt import JourneySpec
-from router.policy import Need, Nobody, Pair, Policy
+from router.lengths import Lengths
+from router.policy import Decision, Need, Policy
 from router.prefix_index import PrefixIndex
 from router.situation import Situation
 from router.view import Claim, Claims, ClusterView
@@ -26,6 +29,7 @@ class Placer:
         self._policy = policy
         self._stale_after_s = stale_after_s
         self._draws = draws
+        self._lengths = Lengths()
         self._situation = self._see(ClusterView(), frozenset())
 
     def situation(self, view: ClusterView, connected: frozenset[str]) -> Situation:
@@ -39,10 +43,18 @@ class Placer:
         """Of the prompt's full blocks, for a policy that looks at them."""
         return situation.prompt_keys(spec.prompt, spec.cache_salt) if self._policy.wants_keys else ()
 
-    def choose(
-        self, situation: Situation, tokens: int, keys: tuple[BlockKey, ...], avoid: frozenset[str], prefer: Pair | None
-    ) -> Pair | Nobody:
-        return self._policy.choose(situation, Need(tokens, avoid, prefer, keys, self._draws.getrandbits(64)))
+    def decide(self, situation: Situation, need: Need) -> Decision:
+        return self._policy.decide(situation, replace(need, draw=self._draws.getrandbits(64)))
+
+    def answer(self, spec: JourneySpec, so_far: int) -> int:
+        """Tokens that its answer will probably still have."""
+        assert spec.sampling.max_tokens is not None, "the front resolved it"
+        return self._lengths.predict(_group(spec), spec.sampling.max_tokens, so_far).median - so_far
+
+    def ended(self, spec: JourneySpec, tokens: int, reason: FinishReason | None) -> None:
+        """A journey ended with so many tokens; what was cut short says nothing about lengths."""
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._lengths.ended(_group(spec), tokens)
 
     def moved(self, old: Claim, new: Claim) -> None:
         """A journey left `old` and occupies `new`."""
@@ -62,3 +74,8 @@ class Placer:
 
     def _see(self, view: ClusterView, connected: frozenset[str]) -> Situation:
         return Situation(view, connected, self.claims, self.index, self._stale_after_s)
+
+
+def _group(spec: JourneySpec) -> str:
+    """Whose answers are alike: until tenants have names, those that share a cache."""
+    return spec.cache_salt.hex()

@@ -7,10 +7,12 @@ from types import MappingProxyType
 
 from core.errors import ConfigError
 from router.baselines import Conductor, KvCost, PowerOfTwo, PrefixAware, Random, RoundRobin, Splitwise
+from router.goodput import Goodput
 from router.policy import LeastLoad, Policy
 
 POLICIES: Mapping[str, Callable[[], Policy]] = MappingProxyType(
     {
+        "goodput": Goodput,
         "least_load": LeastLoad,
         "random": Random,
         "round_robin": RoundRobin,

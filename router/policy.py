@@ -9,6 +9,7 @@ import numpy as np
 
 from core.blocks import BlockKey
 from core.request import Slo, WorkerRole
+from router.attempt import NO_LIMITS
 from router.pools import Column, Mask, Pool, best
 from router.situation import Situation
 
@@ -17,8 +18,6 @@ PREFILL_WINDOW_TOKENS = 4096
 
 RUNNING_COST_TOKENS = 16
 """A running request weighs as much as this many waiting prompt tokens when a pair is compared with a colocated worker."""
-
-NO_LIMITS = Slo()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +53,32 @@ class Nobody:
     busy: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A placement that was looked at, and what was predicted of it."""
+
+    pair: Pair
+    ttft_s: float
+    gap_s: float
+    score: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`candidates`: the best ones first, from policies that predict."""
+
+    place: Pair | Nobody
+    candidates: tuple[Candidate, ...] = ()
+
+
 class Policy(Protocol):
     @property
     def wants_keys(self) -> bool:
         """Whether it looks at `Need.keys`: they cost a microsecond per block."""
         ...
 
-    def choose(self, situation: Situation, need: Need) -> Pair | Nobody:
+    def decide(self, situation: Situation, need: Need) -> Decision:
         """Names connected workers, none of `need.avoid`. Never raises, whatever workers report."""
         ...
 
@@ -83,7 +101,10 @@ class Scored:
     def whole_scores(self, situation: Situation, pool: Pool, need: Need) -> tuple[Column, ...]:
         return (whole_cost(pool),)
 
-    def choose(self, situation: Situation, need: Need) -> Pair | Nobody:
+    def decide(self, situation: Situation, need: Need) -> Decision:
+        return Decision(self._choose(situation, need))
+
+    def _choose(self, situation: Situation, need: Need) -> Pair | Nobody:
         prefill, decode, whole = situation.prefill, situation.decode, situation.whole
         may_prefill = prefill.allowed(need.avoid) & window_open(prefill, need.tokens)
         may_decode, may_whole = decode.allowed(need.avoid), whole.allowed(need.avoid)

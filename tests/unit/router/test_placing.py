@@ -63,13 +63,13 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_least_load(name: str):
     workers, expected = CASES[name]
-    assert LeastLoad().choose(situation(*workers), Need(10)) == expected
+    assert LeastLoad().decide(situation(*workers), Need(10)).place == expected
 
 
 def test_what_is_not_connected_or_to_be_avoided_is_not_chosen():
     here = situation(*POOL, connected={"p1", "d0", "d1"})
-    assert LeastLoad().choose(here, Need(10, avoid=frozenset({"d0"}))) == Pair("p1", "d1")
-    refused = LeastLoad().choose(here, Need(10, avoid=frozenset({"d0", "d1"})))
+    assert LeastLoad().decide(here, Need(10, avoid=frozenset({"d0"}))).place == Pair("p1", "d1")
+    refused = LeastLoad().decide(here, Need(10, avoid=frozenset({"d0", "d1"}))).place
     assert isinstance(refused, Nobody)
     assert refused.busy
 
@@ -77,32 +77,32 @@ def test_what_is_not_connected_or_to_be_avoided_is_not_chosen():
 def test_own_claims_count_before_the_next_report():
     claims = Claims()
     claims.swap(NO_CLAIM, Claim("p0", 100, "d0"))
-    assert LeastLoad().choose(situation(*POOL, claims=claims), Need(10)) == Pair("p1", "d1")
+    assert LeastLoad().decide(situation(*POOL, claims=claims), Need(10)).place == Pair("p1", "d1")
 
 
 def test_a_full_window_keeps_prompts_here():
     claims = Claims()
     pool = (POOL[0], POOL[2])
     claims.swap(NO_CLAIM, Claim("p0", PREFILL_WINDOW_TOKENS, "d0"))
-    busy = LeastLoad().choose(situation(*pool, claims=claims), Need(10))
+    busy = LeastLoad().decide(situation(*pool, claims=claims), Need(10)).place
     assert isinstance(busy, Nobody)
     assert busy.busy
     claims.swap(Claim("p0", PREFILL_WINDOW_TOKENS, "d0"), Claim(None, 0, "d0"))
     huge = Need(PREFILL_WINDOW_TOKENS * 10)
-    assert LeastLoad().choose(situation(*pool, claims=claims), huge) == Pair("p0", "d0"), "alone, any prompt may go"
+    assert LeastLoad().decide(situation(*pool, claims=claims), huge).place == Pair("p0", "d0"), "alone, any prompt may go"
 
 
 def test_siblings_stay_together_while_they_can():
     prefer = Pair("p1", "d1")
-    assert LeastLoad().choose(situation(*POOL), Need(10, prefer=prefer)) == prefer
-    assert LeastLoad().choose(situation(*POOL), Need(10, frozenset({"d1"}), prefer)) == Pair("p0", "d0")
+    assert LeastLoad().decide(situation(*POOL), Need(10, prefer=prefer)).place == prefer
+    assert LeastLoad().decide(situation(*POOL), Need(10, frozenset({"d1"}), prefer)).place == Pair("p0", "d0")
     whole = Pair(None, "c0")
-    assert LeastLoad().choose(situation(*POOL, worker("c0", C, running=9)), Need(10, prefer=whole)) == whole
+    assert LeastLoad().decide(situation(*POOL, worker("c0", C, running=9)), Need(10, prefer=whole)).place == whole
 
 
 def test_policies_are_chosen_by_name():
     assert isinstance(make_policy("least_load"), LeastLoad)
-    with pytest.raises(ConfigError, match="choose one of conductor, kv_cost, least_load"):
+    with pytest.raises(ConfigError, match="choose one of conductor, goodput, kv_cost, least_load"):
         make_policy("best")
 
 

@@ -42,7 +42,7 @@ def pool(count: int = 3, **first: object) -> tuple[WorkerView, ...]:
 
 
 def chosen(policy: str, here: Situation, **need: object) -> str | None:
-    place = make_policy(policy).choose(here, Need(len(PROMPT), keys=KEYS, **need))  # type: ignore[arg-type]
+    place = make_policy(policy).decide(here, Need(len(PROMPT), keys=KEYS, **need)).place  # type: ignore[arg-type]
     assert isinstance(place, Pair)
     return place.prefill
 
@@ -53,7 +53,7 @@ def test_random_follows_the_draw():
 
 def test_round_robin_takes_turns():
     policy, here = make_policy("round_robin"), situation(*pool())
-    places = [policy.choose(here, Need(10)) for _ in range(6)]
+    places = [policy.decide(here, Need(10)).place for _ in range(6)]
     assert [p.prefill for p in places if isinstance(p, Pair)] == ["p0", "p1", "p2"] * 2
     assert [p.decode for p in places if isinstance(p, Pair)] == ["d0", "d1"] * 3
 
@@ -92,7 +92,7 @@ def test_conductor_prefers_an_idle_worker_that_fetches_over_a_busy_holder():
 
 def test_splitwise_joins_the_shortest_queue_and_the_emptiest_memory():
     workers = (*pool(2, waiting_tokens=5)[:2], worker("d0", D, blocks_free=10), worker("d1", D, blocks_free=90, running=3))
-    assert make_policy("splitwise").choose(situation(*workers), Need(10)) == Pair("p1", "d1")
+    assert make_policy("splitwise").decide(situation(*workers), Need(10)).place == Pair("p1", "d1")
 
 
 def test_a_stale_report_does_not_make_a_worker_look_idle():
@@ -112,7 +112,7 @@ def test_claims_move_the_columns_without_a_new_view():
     claim = Claim("p0", 50, "d0", 50)
     claims.swap(NO_CLAIM, claim)
     here.moved(claim)
-    assert make_policy("least_load").choose(here, Need(10)) == Pair("p1", "d1")
+    assert make_policy("least_load").decide(here, Need(10)).place == Pair("p1", "d1")
 
 
 costs = st.none() | st.builds(StepCost, *[st.floats(0, 1e3)] * 5)
@@ -151,7 +151,7 @@ workers_drawn = st.builds(
 def test_no_policy_raises_or_places_where_it_must_not(policy, workers, connected, avoid, cached, draw, tokens, prefer):
     view = ClusterView(1, MappingProxyType({w.worker_id: w for w in workers}))
     here = replace(situation(*workers, cached=cached), view=view, connected=frozenset(connected))
-    place = make_policy(policy).choose(here, Need(tokens, frozenset(avoid), prefer, KEYS[: tokens // 16], draw))
+    place = make_policy(policy).decide(here, Need(tokens, frozenset(avoid), prefer, KEYS[: tokens // 16], draw)).place
     usable = {w.worker_id for w in workers if w.state is WorkerState.READY} & connected - avoid
     roles = {w.worker_id: w.role for w in workers}
     if isinstance(place, Nobody):

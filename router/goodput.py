@@ -1,0 +1,137 @@
+"""The default policy: keep most requests within their limits. Deciding code.
+
+For every prefill worker the time to the first token is predicted, for every decode worker the gap between tokens once the
+request has joined, all in columns. The best few of each are then looked at in pairs, with computing everything on one worker
+beside them, for what a column cannot say: how much of the transfer stays exposed, and whom the newcomer pushes over a limit.
+(Pairing and exposed transfer after DistServe, section 4, and Mooncake's Conductor; harm to those who run there after Llumnix.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from router.baselines import matched_tokens
+from router.policy import Candidate, Decision, Need, Pair, Scored, window_open
+from router.pools import Column, Mask, Pool
+from router.situation import Situation
+
+BEST_OF_EACH = 8
+CHUNK_TOKENS = 256
+"""Of chunked prefill beside decodes: what one step adds to a gap."""
+LINK_BYTES_PER_S, LINK_LATENCY_S = 2e9, 1e-3
+"""Of a hand-off, until links are measured: shared memory is quicker, a network slower."""
+NEAR = 0.9
+"""Part of a limit that a prediction may fill: predictions err."""
+
+
+class Forecast(NamedTuple):
+    """`harmed`: requests running there that the newcomer pushes over a limit like its own."""
+
+    pair: Pair
+    ttft_s: float
+    gap_s: float
+    harmed: float
+    load: float
+    """Ties go to the less loaded."""
+
+
+class Goodput(Scored):
+    wants_keys = True
+
+    def decide(self, situation: Situation, need: Need) -> Decision:
+        fixed = super().decide(situation, need)  # whoever must not be asked, whoever is preferred, and why nobody
+        if not isinstance(fixed.place, Pair) or fixed.place == need.prefer:
+            return fixed
+        forecasts = [*self._pairs(situation, need), *self._wholes(situation, need)]
+        if not forecasts:
+            return fixed
+        ranked = sorted(forecasts, key=lambda forecast: _rank(forecast, need))
+        return Decision(ranked[0].pair, tuple(_candidate(forecast, need) for forecast in ranked[:BEST_OF_EACH]))
+
+    def _pairs(self, situation: Situation, need: Need) -> list[Forecast]:
+        prefill, decode = situation.prefill, situation.decode
+        may_prefill = prefill.allowed(need.avoid) & window_open(prefill, need.tokens)
+        may_decode = decode.allowed(need.avoid) & _has_room(decode, need)
+        cached = matched_tokens(situation, prefill, need)
+        ttft_s = prefill.queue_s() + prefill.prefill_s(need.tokens - cached, cached)
+        gap_s = decode.gap_s(1.0, need.tokens + need.output_tokens / 2)
+        harmed = _harmed(decode, gap_s, need)
+        forecasts = []
+        for p in _best(ttft_s, may_prefill):
+            last_chunk = min(need.tokens - cached[p], CHUNK_TOKENS)
+            exposed_s = LINK_LATENCY_S + last_chunk * situation.token_bytes / LINK_BYTES_PER_S
+            for d in _best(gap_s + 1e-9 * decode.running, may_decode):
+                stall_s = exposed_s / max(1.0, need.output_tokens / 10)  # one of the slowest tenth of gaps
+                pair = Pair(prefill.names[p], decode.names[d])
+                load = float(prefill.waiting_tokens[p] + decode.running[d])
+                forecasts.append(Forecast(pair, float(ttft_s[p]), float(gap_s[d] + stall_s), float(harmed[d]), load))
+        return forecasts
+
+    def _wholes(self, situation: Situation, need: Need) -> list[Forecast]:
+        """Everything on one worker: a colocated one, or a decode worker when its prefill beside decodes harms nobody."""
+        forecasts = []
+        for pool in (situation.whole, situation.decode):
+            if not len(pool):
+                continue
+            cached = matched_tokens(situation, pool, need)
+            new = need.tokens - cached
+            chunk = np.minimum(new, CHUNK_TOKENS)
+            steps = np.ceil((new + pool.waiting_tokens) / CHUNK_TOKENS)
+            beside_s = steps * (pool.gap_s() - pool.cost.base_s)  # the decodes that run along
+            ttft_s = pool.queue_s() + pool.prefill_s(new, cached) + beside_s
+            gap_s = pool.gap_s(1.0, need.tokens + need.output_tokens / 2)
+            harmed = np.where(pool.running > 0, _harmed(pool, pool.gap_s() + pool.cost.prefill_token_s * chunk, need), 0.0)
+            allowed = pool.allowed(need.avoid) & _has_room(pool, need)
+            if pool is situation.decode:  # its streams would feel the prompt: only where that is hardly more than a gap
+                allowed &= (pool.running == 0) | (pool.cost.prefill_token_s * new <= pool.gap_s())
+            for row in _best(ttft_s + need.output_tokens * gap_s, allowed):
+                pair, load = Pair(None, pool.names[row]), float(pool.waiting_tokens[row] + pool.running[row])
+                forecasts.append(Forecast(pair, float(ttft_s[row]), float(gap_s[row]), float(harmed[row]), load))
+        return forecasts
+
+
+def _harmed(pool: Pool, gap_s: Column, need: Need) -> Column:
+    """Who runs on each worker and would keep the newcomer's token limit without it but not with it."""
+    limit_s = _gap_limit_s(need)
+    if limit_s is None:
+        return np.zeros(len(pool))
+    return np.where((pool.gap_s() <= limit_s) & (gap_s > limit_s), pool.running, 0.0)
+
+
+def _has_room(pool: Pool, need: Need) -> Mask:
+    """Where prompt and answer fit; when they fit nowhere, everywhere: the worker itself has the last word."""
+    fits = pool.room_blocks * pool.block_tokens >= need.tokens + need.output_tokens
+    return fits if fits.any() else np.ones(len(pool), dtype=np.bool_)
+
+
+def _best(score: Column, mask: Mask) -> list[int]:
+    rows = np.flatnonzero(mask)
+    if rows.size > BEST_OF_EACH:
+        rows = rows[np.argpartition(score[rows], BEST_OF_EACH - 1)[:BEST_OF_EACH]]
+    return [int(row) for row in rows]
+
+
+def _gap_limit_s(need: Need) -> float | None:
+    limits = [limit for limit in (need.slo.tbt_s, need.slo.tpot_s) if limit is not None]
+    return NEAR * min(limits) if limits else None
+
+
+def _rank(forecast: Forecast, need: Need) -> tuple[float, float, float, float, str]:
+    """Requests that miss a limit, then by how much this one does, then the time until its last token."""
+    gap_limit_s, ttft_limit_s = _gap_limit_s(need), need.slo.ttft_s
+    over = 0.0
+    missed = forecast.harmed
+    for predicted_s, limit_s in ((forecast.ttft_s, ttft_limit_s and NEAR * ttft_limit_s), (forecast.gap_s, gap_limit_s)):
+        if limit_s is not None and predicted_s > limit_s:
+            missed += 1
+            over += predicted_s / limit_s - 1
+    total_s = forecast.ttft_s + need.output_tokens * forecast.gap_s
+    return (missed, over, total_s, forecast.load, forecast.pair.decode + (forecast.pair.prefill or ""))
+
+
+def _candidate(forecast: Forecast, need: Need) -> Candidate:
+    missed, over, total_s, *_ = _rank(forecast, need)
+    reason = f"misses {missed:g}" if missed else "within limits"
+    return Candidate(forecast.pair, forecast.ttft_s, forecast.gap_s, total_s, f"{reason}, {over:.0%} over" if over else reason)
