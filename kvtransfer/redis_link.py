@@ -57,7 +57,8 @@ def open_link(target: RedisTarget, timeout_s: float) -> RedisLink:
 
         return ClusterLink(target, timeout_s)
     if target.kind == "sentinel":
-        return SingleLink(_by_sentinel(target, timeout_s), str(target))
+        master, sentinels = _by_sentinel(target, timeout_s)
+        return SingleLink(master, str(target), sentinels)
     if target.kind == "unix":
         pool = _pool(target, timeout_s, connection_class=UnixConnection, path=target.path)
         return SingleLink(Redis.from_pool(pool), str(target))
@@ -76,7 +77,7 @@ def _pool(target: RedisTarget, timeout_s: float, **place: Any) -> BlockingConnec
     return BlockingConnectionPool(max_connections=CONNECTIONS_MAX, timeout=timeout_s, **arguments)
 
 
-def _by_sentinel(target: RedisTarget, timeout_s: float) -> Redis:
+def _by_sentinel(target: RedisTarget, timeout_s: float) -> tuple[Redis, Sequence[Redis]]:
     tls = {"ssl": True, **target.tls} if target.tls else {}
     common = _common(timeout_s)
     halved = {
@@ -88,7 +89,7 @@ def _by_sentinel(target: RedisTarget, timeout_s: float) -> Redis:
     )
     login: dict[str, Any] = {**target.login, "db": target.db}
     master: Redis = sentinel.master_for(target.service, max_connections=CONNECTIONS_MAX, **login)
-    return master
+    return master, sentinel.sentinels
 
 
 def _common(timeout_s: float) -> dict[str, Any]:
@@ -143,8 +144,10 @@ class Calls:
 class SingleLink:
     """One server, or the master that Sentinels name."""
 
-    def __init__(self, client: Redis, name: str) -> None:
+    def __init__(self, client: Redis, name: str, helpers: Sequence[Redis] = ()) -> None:
+        """`helpers` are closed with it."""
         self._client = client
+        self._helpers = helpers
         self._name = name
         self._calls = Calls(name)
 
@@ -171,7 +174,8 @@ class SingleLink:
 
     async def close(self) -> None:
         await self._calls.end()
-        await _closed(self._client.aclose())
+        for client in (self._client, *self._helpers):
+            await _closed(client.aclose())
 
     async def _exchange(self, wire: bytes, replies: int) -> list[Any]:
         """Sends commands that are packed already. A pooled connection may have died unnoticed: then once more on a new one."""
