@@ -15,11 +15,12 @@ from core.report import Facts, Reporter, WorkerState
 from core.service import GrpcServer, Registration, serve
 from core.telemetry import MetricsServer
 from kvtransfer.arena import host_id
-from kvtransfer.directory import open_directory
+from kvtransfer.directory import Directory, open_directory
 from kvtransfer.store_announcer import StoreAnnouncer
 from kvtransfer.store_metrics import StoreMetrics
 from kvtransfer.store_node import StoreNode
 from kvtransfer.store_plane import check_room
+from kvtransfer.store_replicas import Replicas
 from kvtransfer.store_service import StoreServicer
 from tandem.v1 import kv_pb2_grpc
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 SERVER_GRACE_S = 0.5
+REPLICATE_EVERY_S = 5.0
 READERS_GRACE_S = 1.0  # of a store that ends: readers have other sources, and the disk wants its time too
 
 
@@ -75,6 +77,7 @@ class _Store:
                 if on_ready is not None:
                     on_ready(StoreInfo(self._spec.worker_id, server.address, metrics.address))
                 async with (
+                    _running(self._replicate(directory), "replicate"),
                     _running(announcer.run(), "announce"),
                     _running(self._tick(), "tick"),
                     _running(self._drain(), "drain"),
@@ -102,6 +105,17 @@ class _Store:
         ):
             self._server, self._metrics = server, metrics
             yield server, metrics
+
+    async def _replicate(self, directory: Directory) -> None:
+        """Only when asked for: a cluster of one host has nobody to copy to."""
+        hits = self._spec.config.store.replicate_hits
+        if not hits:
+            return
+        replicas = Replicas(self._node, directory, hits, self._clock, self._host_id)
+        try:
+            await replicas.run(REPLICATE_EVERY_S)
+        finally:
+            await replicas.close()
 
     async def _tick(self) -> None:
         while True:

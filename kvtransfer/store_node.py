@@ -39,6 +39,9 @@ class StoreNode:
         self.changed = asyncio.Event()
         """Set when the directory should hear of something."""
         self.on_plane: Callable[[StorePlane | None], None] = lambda plane: None
+        self.on_held: Callable[[AttemptKey, Sequence[BlockKey]], None] = lambda holder, keys: None
+        self.on_taken: Callable[[AttemptKey, Sequence[BlockKey]], None] = lambda holder, keys: None
+        """Hear of what readers found, and of what an offer brought."""
         self.offers = Offers(spec.config.transfer.pull_timeout_s, self._accepted)
         self.disk_hits = 0
         self.disk_misses = 0
@@ -113,6 +116,7 @@ class StoreNode:
         self.disk_misses += len(missing) - len(up)
         plane.node.counts.hits -= len(up)  # memory did not have them
         plane.node.counts.misses += len(up)
+        self.on_held(holder, [record.key for record in held.records])
         if up:
             self.changed.set()
         return Held(held.records, held.source, held.lease_s, len(up))
@@ -212,9 +216,10 @@ class StoreNode:
             await asyncio.wait([self._writing])
         await plane.close()
 
-    def _accepted(self, keys: Sequence[BlockKey]) -> None:
+    def _accepted(self, holder: AttemptKey, keys: Sequence[BlockKey]) -> None:
         if self.plane is not None:
             self.plane.disk.accepted(keys)
+        self.on_taken(holder, keys)
         self.changed.set()
 
     def _source(self) -> KvSource:

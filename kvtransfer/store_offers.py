@@ -73,9 +73,9 @@ def check_offer(offer: Offer) -> None:
 
 
 class Offers:
-    """Carries offers out, a few at a time; `accepted` hears of the keys that are findable now."""
+    """Carries offers out, a few at a time; `accepted` hears whose offer brought which keys."""
 
-    def __init__(self, pull_timeout_s: float, accepted: Callable[[Sequence[BlockKey]], None]) -> None:
+    def __init__(self, pull_timeout_s: float, accepted: Callable[[AttemptKey, Sequence[BlockKey]], None]) -> None:
         self.stats = OfferStats()
         self._timeout_s = pull_timeout_s
         self._accepted = accepted
@@ -138,7 +138,7 @@ class Offers:
         finally:
             plane.inventory.release(blocks)
             if taken:
-                self._accepted(taken)
+                self._accepted(offer.holder, taken)
         return len(taken)
 
     async def _pull(

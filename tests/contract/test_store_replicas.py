@@ -1,0 +1,116 @@
+"""Hot blocks get a copy on the host that keeps fetching them, and lose it when they are cold and somebody else has them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from store_rig import LAYOUT, bytes_of, keys_of, outcome, store_end, store_spec, worker_end
+
+from core.blocks import KvSource
+from core.clock import ManualClock, SystemClock
+from core.request import AttemptKey, WorkerRole
+from kvtransfer.arena import host_id
+from kvtransfer.directory import NodeRecord, Tier
+from kvtransfer.local_directory import ClockedDirectory, LocalDirectory
+from kvtransfer.store_replicas import Replicas
+
+HITS = 3
+READER = "decode-7"
+
+
+class Hosts:
+    """Two hosts, as their shared memory tells: a store on each, and a reader on the second."""
+
+    def __init__(self, first, second, directory, clock, folders) -> None:
+        self.first, self.second, self.directory, self.clock = first, second, directory, clock
+        ids = [host_id(str(folder)) for folder in folders]
+        self.at_first, self.at_second = (
+            Replicas(end.node, directory, HITS, clock, here) for end, here in zip((first, second), ids, strict=True)
+        )
+        self.reader = NodeRecord(KvSource(READER, 1, "127.0.0.1:1", ids[1]), LAYOUT, WorkerRole.DECODE)
+        self.reads = 0
+
+    async def join(self) -> None:
+        for record in (self.first.node.record(), self.second.node.record(), self.reader):
+            await self.directory.join(record, 1e6)
+
+    async def read(self, end, keys, times=1) -> None:
+        for _ in range(times):
+            self.reads += 1
+            assert len(await end.client.read(keys, AttemptKey(f"hold/{READER}/1.{self.reads}", 1))) == len(keys)
+
+
+@pytest.fixture
+async def hosts(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    directory, clock = ClockedDirectory(LocalDirectory(), SystemClock()), ManualClock(1000.0)
+    async with (
+        worker_end(folders[0]) as worker,
+        store_end(store_spec(folders[0])) as first,
+        store_end(replace(store_spec(folders[1]), worker_id="store-1")) as second,
+    ):
+        town = Hosts(first, second, directory, clock, folders)
+        town.worker = worker
+        await town.join()
+        yield town
+        await town.at_first.close()
+        await town.at_second.close()
+
+
+async def test_what_a_host_keeps_fetching_is_copied_there_and_given_up_when_cold(hosts):
+    hot, cold = keys_of("hot", 6), keys_of("cold", 4)
+    assert outcome(await hosts.first.client.offer(hosts.worker, hot + cold)) == (10, 0, 0)
+    await hosts.join()
+    await hosts.at_first.turn()  # learns who is where
+    await hosts.read(hosts.first, hot, HITS - 1)
+    await hosts.read(hosts.first, cold)
+    await hosts.at_first.turn()
+    assert hosts.at_first.made == 0
+    await hosts.read(hosts.first, hot)
+    await hosts.at_first.turn()
+    assert hosts.at_first.made == 6
+    assert await hosts.second.client.read(hot) == {key: bytes_of(key).tobytes() for key in hot}
+    assert not (await hosts.second.client.hold(cold)).records
+    await hosts.at_first.turn()
+    assert hosts.at_first.made == 6, "once is enough"
+
+    await hosts.directory.announce("store-0", 9, [(key, Tier.DRAM) for key in hot[:5]], [])
+    await hosts.directory.announce("store-1", 9, [(key, Tier.DRAM) for key in hot], [])
+    await hosts.read(hosts.second, hot[:2], HITS)
+    hosts.clock.advance(400.0)
+    await hosts.at_second.turn()
+    assert hosts.at_second.given_up == 3
+    left = await hosts.second.client.read(hot)
+    assert set(left) == {hot[0], hot[1], hot[5]}, "two are used, and of one nobody else has a copy"
+
+
+async def test_readers_on_the_same_host_and_strangers_make_no_copies(hosts):
+    keys = keys_of("near", 4)
+    await hosts.first.client.offer(hosts.worker, keys)
+    await hosts.join()
+    near = replace(hosts.reader, source=replace(hosts.reader.source, worker_id="decode-1", host_id=hosts.at_first._host_id))
+    await hosts.directory.join(near, 1e6)
+    await hosts.at_first.turn()
+    for n in range(2 * HITS):
+        await hosts.first.client.read(keys, AttemptKey(f"hold/decode-1/1.{n}", 1))
+        await hosts.first.client.read(keys, AttemptKey(f"hold/nobody/1.{n}", 1))
+        await hosts.first.client.read(keys, AttemptKey(f"odd name {n}", 1))
+    await hosts.at_first.turn()
+    assert hosts.at_first.made == 0
+
+
+async def test_a_host_whose_store_is_gone_gets_none(hosts):
+    keys = keys_of("a", 4)
+    await hosts.first.client.offer(hosts.worker, keys)
+    await hosts.join()
+    dead = hosts.second.node.record()
+    await hosts.directory.leave("store-1", 9)
+    await hosts.directory.join(replace(dead, source=replace(dead.source, epoch=10, grpc_address="127.0.0.1:1")), 1e6)
+    await hosts.at_first.turn()
+    await hosts.read(hosts.first, keys, HITS)
+    await hosts.at_first.turn()
+    assert hosts.at_first.made == 0
+    assert hosts.first.node.plane.exports.holds_open == 0
