@@ -12,6 +12,7 @@ class Breaker:
         self._pause_max_s = pause_max_s
         self._pause_s = pause_min_s
         self._open_until: float | None = None
+        self._trying = False
 
     def allows(self, now: float) -> bool:
         """Whether to call. Where it was open, this call is the try, and others wait for another pause."""
@@ -20,16 +21,19 @@ class Breaker:
         if now < self._open_until:
             return False
         self._open_until = now + self._pause_s
+        self._trying = True
         return True
 
     def succeeded(self) -> None:
         self._open_until = None
+        self._trying = False
         self._pause_s = self._pause_min_s
 
     def failed(self, now: float) -> None:
-        """Calls that were under way when it opened count once."""
-        if self._open_until is not None and now < self._open_until - self._pause_s / 2:
-            return
+        """While it is open only the try counts, not calls that were under way before."""
         if self._open_until is not None:
+            if not self._trying:
+                return
             self._pause_s = min(2 * self._pause_s, self._pause_max_s)
         self._open_until = now + self._pause_s
+        self._trying = False

@@ -24,6 +24,7 @@ PREFIX = "tandem"
 _PORTS = {"single": 6379, "cluster": 6379, "sentinel": 26379}
 _VERIFY = {"full": ("required", True), "ca": ("required", False), "none": ("none", False)}
 _TLS_OPTIONS = {"ca": "ssl_ca_certs", "cert": "ssl_certfile", "key": "ssl_keyfile"}
+_ENCODED = " (are / ? # @ : in the password percent-encoded?)"
 _LOGIN = ("username", "password")
 _OPTIONS = ("prefix", "db", "sentinel_username", "sentinel_password", "verify", *_TLS_OPTIONS)
 
@@ -108,7 +109,7 @@ def _hosts(parts: SplitResult, default_port: int) -> tuple[tuple[str, int], ...]
     for place in parts.netloc.rpartition("@")[2].split(","):
         match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]+)(?::(\d+))?", place)
         if match is None:
-            raise _wrong(f"{place!r} is no HOST or HOST:PORT")
+            raise _wrong(f"its address is no HOST or HOST:PORT{_ENCODED}")
         host, port = match.groups()
         found.append((host.strip("[]"), _number(port, "port", 1, 65_535) if port else default_port))
     return tuple(found)
@@ -122,17 +123,17 @@ def _path(parts: SplitResult, kind: str) -> tuple[str, str]:
             raise _wrong("Sentinels are asked for a service: redis+sentinel://HOST:PORT/SERVICE[/DB]")
         return steps[0], "".join(steps[1:])
     if len(steps) > 1:
-        raise _wrong(f"{parts.path} where a database number was expected")
+        raise _wrong(f"one number of a database may follow the address, no more{_ENCODED}")
     return "", "".join(steps)
 
 
 def _options(parts: SplitResult) -> dict[str, str]:
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if parts.fragment or not all(name.replace("_", "").isalpha() for name in options):
+        raise _wrong(f"what follows the address is not understood{_ENCODED}")
     unknown = sorted(set(options) - set(_OPTIONS))
-    if unknown or parts.fragment:
-        raise _wrong(
-            f"option {unknown[0] if unknown else '#' + parts.fragment!r} is not known; there are {', '.join(_OPTIONS)}"
-        )
+    if unknown:
+        raise _wrong(f"option {unknown[0]!r} is not known; there are {', '.join(_OPTIONS)}")
     return options
 
 
@@ -172,7 +173,7 @@ def _readable(path: str) -> None:
 
 def _number(text: str, what: str, least: int, most: int) -> int:
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        raise _wrong(f"{text!r} is no {what} ({least} to {most})")
+        raise _wrong(f"what stands where the {what} goes is no number from {least} to {most}{_ENCODED}")
     return int(text)
 
 
