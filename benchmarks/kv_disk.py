@@ -137,7 +137,7 @@ async def one_size(directory: Path, mib: int, rounds: int) -> dict[str, float]:
     source[:] = np.random.default_rng(0).integers(0, 256, source.shape, np.uint8)
     disk = DiskTier.open(directory, LAYOUT, 2 * (rounds + 2) * mib * MIB, DiskOptions(queue_bytes=2 * mib * MIB))
     taken = []
-    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="tandem-bench-") as data:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="bench-disk-") as data:
         data.write(source)
         data.flush()
         for number in range(rounds + 1):

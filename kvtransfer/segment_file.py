@@ -16,7 +16,10 @@ from kvtransfer.segments import EMPTY_SLOT, HEADER_BYTES, SLOT_BYTES, Geometry, 
 READ_ONLY_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 IOV_MAX = 512  # buffers per system call; Linux takes 1024
 SUFFIX = ".seg"
+START_BYTES = 2**20  # a call to the disk for less would cost more than it hurries
+DIRECT_ALIGN = 4096  # of memory, offset and length, wherever O_DIRECT is known
 _SYNC_FILE_RANGE_WRITE = 2
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def _sync_file_range() -> Callable[[int, int, int, int], int]:
@@ -64,6 +67,9 @@ class SegmentFile:
     """Owner of one descriptor. Pinned by those who read, so that a dropped segment is closed when the last has ended.
 
     Pins are counted under the owner's lock; reads and writes need none: a slot's bytes never change once it has a record.
+
+    Bytes are written past the page cache where alignment and file system allow: that costs the host neither the memory nor
+    the copying, a third of the time on a busy machine, and whoever was just evicted to disk is not asked for again soon.
     """
 
     def __init__(self, path: Path, segment: int, geometry: Geometry, fd: int, calls: FileCalls) -> None:
@@ -71,6 +77,8 @@ class SegmentFile:
         self._fd, self._calls = fd, calls
         self._pins = 0
         self._retired = False
+        self._direct_fd = -1  # open while this file is written to
+        self._cached_bytes = 0  # written through the page cache and not yet put on their way, the last of the file
 
     @classmethod
     def create(cls, directory: Path, segment: int, geometry: Geometry, layout: KvLayout, calls: FileCalls) -> SegmentFile:
@@ -123,13 +131,23 @@ class SegmentFile:
     def write(self, first: int, blocks: Sequence[memoryview], headers: Sequence[bytes]) -> None:
         """Consecutive slots from `first`: all bytes, then all headers. Raises OSError: nothing of it counts then.
 
-        The disk is put to work on the bytes at once: left to itself the kernel lets them pile up for seconds, then floods
-        the disk and halts every writer, this one in front.
+        What went into the page cache is put on its way soon: left to itself the kernel lets it pile up for seconds,
+        then floods the disk and halts every writer, this one in front.
         """
         assert first + len(blocks) <= self.geometry.slots, "the segment is full"
-        self._write_all(blocks, self.geometry.data_of(first))
+        offset = self.geometry.data_of(first)
+        direct = self._write_direct(blocks, offset)
+        if not direct:
+            self._write_all(blocks, offset)
         self._write_all([memoryview(b"".join(headers))], self.geometry.slot_offset(first))
-        self._calls.start_writing(self._fd, self.geometry.data_of(first), len(blocks) * self.geometry.block_bytes)
+        self._cached_bytes += 0 if direct else len(blocks) * self.geometry.block_bytes
+        full = first + len(blocks) == self.geometry.slots
+        if self._cached_bytes >= START_BYTES or (full and self._cached_bytes):
+            end = self.geometry.data_of(first + len(blocks))
+            self._calls.start_writing(self._fd, end - self._cached_bytes, self._cached_bytes)
+            self._cached_bytes = 0
+        if full:
+            self._end_direct()
 
     def clear(self, slot: int) -> None:
         """Makes a record count no more, restarts included. Raises OSError."""
@@ -154,12 +172,31 @@ class SegmentFile:
         """Closes the descriptor, once nobody has it pinned. Called once."""
         assert not self._retired, "closed twice"
         self._retired = True
+        self._end_direct()
         if not self._pins:
             os.close(self._fd)
 
     def remove(self) -> None:
         """Raises OSError unless the file is gone afterwards."""
         self.path.unlink(missing_ok=True)
+
+    def _write_direct(self, blocks: Sequence[memoryview], offset: int) -> bool:
+        """False when these bytes, or this file system, have to go through the page cache. Raises OSError as writing does."""
+        if not _O_DIRECT or self.geometry.block_bytes % DIRECT_ALIGN:
+            return False
+        try:
+            if self._direct_fd < 0:
+                self._direct_fd = self._calls.open(self.path, os.O_WRONLY | _O_DIRECT)
+            return _all(self._calls.pwritev, self._direct_fd, blocks, offset) == len(blocks) * self.geometry.block_bytes
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+
+    def _end_direct(self) -> None:
+        if self._direct_fd >= 0:
+            os.close(self._direct_fd)
+            self._direct_fd = -1
 
     def _write_all(self, buffers: Sequence[memoryview], offset: int) -> None:
         moved = _all(self._calls.pwritev, self._fd, buffers, offset)

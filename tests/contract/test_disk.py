@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from disk_rig import BLOCK_BYTES, LAYOUT, ROOMY, TIGHT, block, key, put_all, segment_paths, served, tier
 
+from core.blocks import KvLayout
 from core.errors import ConfigError, TransferError
-from kvtransfer.disk import DiskTier
+from kvtransfer.disk import DiskOptions, DiskTier
 from kvtransfer.segment_file import OsCalls
+
+PAGES = KvLayout(b"\x17" * 16, "float32", 1, 1, 32, 16)  # blocks of 4096 bytes
 
 
 async def test_what_was_put_is_got_in_any_order_and_the_rest_is_missed(tmp_path):
@@ -175,14 +182,43 @@ async def test_blocks_of_another_layout_live_apart(tmp_path, other):
     await disk.close()
 
 
-async def test_the_disk_is_put_to_work_on_every_written_byte_at_once(tmp_path):
+async def test_the_disk_is_put_to_work_on_what_the_page_cache_takes(tmp_path):
+    odd = KvLayout(b"\x17" * 16, "float32", 1, 1, 40, 1000)  # blocks of 320,000 bytes: no whole pages
     calls = _SeenWrites()
-    disk = tier(tmp_path, calls=calls)
-    await put_all(disk, range(20))
-    bytes_on_the_way = sum(length for _, length in calls.started)
-    assert bytes_on_the_way == 20 * BLOCK_BYTES
-    assert {offset for offset, _ in calls.started} <= calls.written
+    disk = DiskTier.open(tmp_path, odd, 2**26, DiskOptions(queue_bytes=2**20, timeout_s=20.0, calls=calls))
+    for n in range(20):
+        assert disk.put(key(n), block(key(n), odd))
+        assert await disk.flush()
+    written = 20 * odd.block_bytes
+    assert written - 2**20 < sum(length for _, length in calls.started) <= written
+    starts = [offset for offset, _ in calls.started]
+    assert starts[1:] == [offset + length for offset, length in calls.started[:-1]], "no byte twice, none left out"
     await disk.close()
+
+
+@pytest.mark.parametrize("refused", ["nothing", "opening", "writing"])
+async def test_whole_pages_go_past_the_page_cache_where_that_is_allowed(tmp_path, refused):
+    """And through it where not."""
+    calls = _DirectCalls(refused)
+    for start in (0, 12):  # a restart in between, appending to the same file
+        disk = DiskTier.open(tmp_path, PAGES, 2**20, DiskOptions(queue_bytes=2**16, timeout_s=20.0, calls=calls))
+        for n in range(start, start + 12):
+            assert disk.put(key(n), block(key(n), PAGES))
+            assert await disk.flush()
+        out = np.zeros((start + 12, PAGES.block_bytes), np.uint8)
+        assert all(await disk.get([key(n) for n in range(start + 12)], list(out)))
+        assert all(np.array_equal(out[n], block(key(n), PAGES)) for n in range(start + 12))
+        assert (disk.stats.corrupt_blocks, disk.writes_off) == (0, "")
+        await disk.close()
+    assert bool(calls.written) == (refused == "nothing" and _has_direct(tmp_path))
+
+
+def _has_direct(directory: Path) -> bool:
+    try:
+        os.close(os.open(directory / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
 
 
 def test_a_place_that_cannot_be_a_directory_is_refused_by_name(tmp_path):
@@ -202,13 +238,30 @@ class _HeldWrites(OsCalls):
 
 class _SeenWrites(OsCalls):
     def __init__(self) -> None:
-        self.written: set[int] = set()
         self.started: list[tuple[int, int]] = []
-
-    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        self.written.add(offset)
-        return super().pwritev(fd, buffers, offset)
 
     def start_writing(self, fd: int, offset: int, length: int) -> None:
         super().start_writing(fd, offset, length)
         self.started.append((offset, length))
+
+
+class _DirectCalls(OsCalls):
+    def __init__(self, refused: str) -> None:
+        self._refused = refused
+        self._direct: set[int] = set()
+        self.written = 0
+
+    def open(self, path: Path, flags: int) -> int:
+        direct = bool(flags & os.O_DIRECT)
+        if direct and self._refused == "opening":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fd = super().open(path, flags)
+        (self._direct.add if direct else self._direct.discard)(fd)
+        return fd
+
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if fd in self._direct and self._refused == "writing":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        moved = super().pwritev(fd, buffers, offset)
+        self.written += moved * (fd in self._direct)
+        return moved
