@@ -4,9 +4,11 @@ Only the helper process imports this. A group is built on a store of its own, wi
 them stand side by side. What gloo does (torch 2.13, measured):
 
 - a wait lets go of the interpreter lock and keeps to its timeout, whatever the peer does;
-- when the peer is killed, waits fail within milliseconds; when it is stopped, at the timeout;
-- a wait that timed out closes the group's connections, and every other wait in the group fails at once. Nothing is written
-  into a tensor after that. `abort` and `shutdown` wake nobody, so `abort` here lets a receive that nothing answers time out;
+- when the peer is killed, waits for what has not begun fail within milliseconds; when it is stopped, at the timeout;
+- a wait that timed out closes the group's connections. Nothing is written into a tensor after that. `abort` and `shutdown`
+  do nothing, so `abort` here lets a receive that nothing answers time out;
+- a message that had begun to arrive or to leave when the connection was closed tells nobody: its wait goes on to its own
+  timeout. The thread is left to that, its group and its blocks are not;
 - a message longer than the tensor that waits for it ends the process (`std::terminate` in gloo's own thread).
 """
 
@@ -83,15 +85,16 @@ class Backend:
         options._devices = [self._gloo]
         return dist.ProcessGroupGloo(store, rank, 2, options)
 
-    def abort(self, group: Any, peer: int) -> None:
-        """Whatever waits in the group fails now. From any thread."""
+    def abort(self, group: Any, peer: int) -> bool:
+        """From any thread. Says whether it is certain that nothing is read or written any more, whoever still waits."""
+        if self.device is not None:
+            group.abort()
+            return False
         try:
-            if self.device is not None:
-                group.abort()
-            else:
-                group.recv([torch.zeros(1, dtype=torch.uint8)], peer, _ABORT_TAG).wait(timedelta(seconds=_ABORT_S))
+            group.recv([torch.zeros(1, dtype=torch.uint8)], peer, _ABORT_TAG).wait(timedelta(seconds=_ABORT_S))
         except RuntimeError:
-            return  # as intended
+            return True  # as intended: the connection is closed
+        return False
 
 
 class Group:
@@ -112,6 +115,7 @@ class Group:
             raise GroupError(f"the two halves did not meet within {timeout_s:g} s: {_brief(error)}") from None
         if self._aborted:
             self.abort()
+            raise GroupError("the group was given up")
 
     def send(self, seq: int, arena: Blocks, pieces: list[list[int]], timeout_s: float) -> None:
         """Comes back when the last byte was taken. Raises GroupError."""
@@ -121,14 +125,10 @@ class Group:
         """Calls `arrived(n)` when piece n lies in its blocks. Raises GroupError."""
         self._move(seq, arena, pieces, timeout_s, receiving=True, arrived=arrived)
 
-    def abort(self) -> None:
+    def abort(self) -> bool:
+        """Says whether it is certain that nothing of the group touches the arena any more, whatever its thread waits for."""
         self._aborted = True
-        if self._group is not None:
-            self._backend.abort(self._group, 1 - self._rank)
-
-    @property
-    def stands(self) -> bool:
-        return self._group is not None
+        return self._group is None or self._backend.abort(self._group, 1 - self._rank)
 
     def _move(
         self, seq: int, arena: Blocks, pieces: list[list[int]], timeout_s: float, *, receiving: bool, arrived: Any = None

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 GROUPS_MAX = 64
 IDLE_S = 600.0  # a group nobody used for so long is dropped when the next one is made
-ABANDONED_MAX = 4  # threads that wait for a half that does not come; beyond, the helper is killed
+ABANDONED_MAX = 16  # threads left to their timeouts, see `Drop`; beyond, the helper is killed
 DROP_S = 4.0  # within which a group lets go of the arena, or the helper is killed
 GRACE_S = 2.0  # beyond an order's own timeout
 RESTART_S = 5.0  # a helper that ended is not started again sooner; the next transport takes over meanwhile
@@ -107,7 +107,7 @@ class Helper:
             await self._kill(process, f"a group did not let go of the arena: {error.message}")
             return
         if answer["abandoned"] > ABANDONED_MAX:
-            await self._kill(process, f"{answer['abandoned']} of its threads wait for peers that do not come")
+            await self._kill(process, f"{answer['abandoned']} of its threads wait for peers that are gone")
 
     async def close(self) -> None:
         """Ends the process. Idempotent."""

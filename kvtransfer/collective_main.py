@@ -7,6 +7,7 @@ It ends when the worker hangs up, however the worker died.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -26,6 +27,7 @@ from kvtransfer.collective_group import Backend, Group, GroupError
 from kvtransfer.shared_arena import MappedArena
 
 DROP_S = 2.0  # within which a thread in mid-transfer ends once its group was aborted; the worker kills us when it does not
+SOON_S = 0.05  # most threads end at once; one whose connection is closed may also be left behind
 QUEUED_MAX = 4  # orders of one group; the worker waits for each before the next
 Job = Callable[[], Mapping[str, Any] | None]
 """What to answer; None when that was done already."""
@@ -47,13 +49,12 @@ class Member:
         except queue.Full:
             self._process.say(orders.failure(number, "too many orders for one group at a time"))
 
-    def end(self) -> None:
-        """Wakes the thread, from whatever it waits for. The wake-up call may find the queue full: then it is awake."""
-        self.group.abort()
-        try:
+    def end(self) -> bool:
+        """Wakes the thread where that is possible. Says whether the arena is safe from the group even where it is not."""
+        let_go = self.group.abort()
+        with contextlib.suppress(queue.Full):  # then it is awake
             self._jobs.put_nowait(None)
-        except queue.Full:
-            return
+        return let_go
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -142,12 +143,10 @@ class Process:
         with self._lock:
             member = self._members.pop(name, None)
         if member is not None:
-            stood = member.group.stands
-            member.end()
-            if stood:
-                member.thread.join(DROP_S)
-                if member.thread.is_alive():
-                    return  # no answer: the worker draws the consequence
+            let_go = member.end()
+            member.thread.join(SOON_S if let_go else DROP_S)
+            if member.thread.is_alive() and not let_go:
+                return  # no answer: the worker draws the consequence
             with self._lock:
                 self._abandoned = [t for t in (*self._abandoned, member.thread) if t.is_alive()]
         self.say(orders.answer(number, {"abandoned": len(self._abandoned)}))

@@ -60,9 +60,9 @@ class Receive:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """End a group, in mid-transfer too. Answered when nothing of it touches the arena any more, with `abandoned`: the
+    """End a group, in mid-transfer too. Answered when nothing of it touches the arena any more, with `abandoned`: how many
 
-    threads that still wait for a half that does not come (they end by their own deadline)."""
+    threads still wait for a peer that does not come or has gone (they end by their own deadline)."""
 
     group: str
 
