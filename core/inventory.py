@@ -70,6 +70,7 @@ class Inventory(BlockTable):
                     "retry later, or raise engine.kv_bytes"
                 )
             refs, digest, generation, words = self._refs, self._digest, self._generation, self._words
+            now = 0.0 if count <= len(free) else self._now()
             blocks: list[int] = []
             for n in range(1, count + 1):
                 if free:
@@ -79,7 +80,7 @@ class Inventory(BlockTable):
                     block, since = self._idle.pop() if own is None else own.pop_for(tenant or b"", n)
                     if parked and block in parked:
                         block, since = self._pop_past(block, since, tenant, n)
-                    self._leave(block, since)
+                    self._leave(block, since, now)
                     self.evictions.for_space += 1
                 generation[block] += 1  # before the new owner can write
                 if words is not None:
@@ -247,12 +248,12 @@ class Inventory(BlockTable):
     def evict(self, keys: Iterable[BlockKey]) -> int:
         """Frees the cached ones among `keys` now and says how many that were; what is held or pinned stays."""
         with self._lock:
-            count = 0
+            count, now = 0, self._now()
             for key in keys:
                 block = self._by_key.get(key)
                 if block is None or self._refs[block] or block in self._pinned:
                     continue
-                self._leave(block, self._idle.remove(block))
+                self._leave(block, self._idle.remove(block), now)
                 if self._shares is not None:
                     self._shares.charge(self._tenant[block], -1)
                 self._free_up(block)

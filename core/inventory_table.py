@@ -99,7 +99,10 @@ class BlockTable:
             limit = max(1, int(num_blocks * tenant_share))
             self._idle = self._shares = SharedQueue(lambda: make_queue(ranks), self._tenant, limit)
 
-    def _leave(self, block: int, since: float) -> None:
+    def _now(self) -> float:
+        return 0.0 if self._clock is None else self._clock()
+
+    def _leave(self, block: int, since: float, now: float) -> None:
         """Cached to nameless; the block is out of the queue already."""
         key = self._key[block]
         assert key is not None
@@ -107,7 +110,7 @@ class BlockTable:
         self._key[block] = None
         self._hits[block] = 0
         if self._clock is not None:
-            self.evictions.idle_s.observe(max(0.0, self._clock() - since))
+            self.evictions.idle_s.observe(now - since)
         if self._log.followed:
             self._log.went(key)
         if self._ranks is not None:
@@ -148,7 +151,7 @@ class BlockTable:
     def _release(self, blocks: Sequence[int]) -> None:
         """Drops references, last first. Active to cached or free where it was the last one."""
         refs, keys, add = self._refs, self._key, self._idle.add
-        now = self._clock() if self._clock is not None else 0.0
+        now = 0.0 if self._clock is None else self._clock()
         looking = bool(self._parked or self._looked_at)
         if self._ranks is not None:
             self._ranks.let_go([b for b in blocks if not self._is_looked_at(b)] if looking else blocks)
