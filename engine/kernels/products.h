@@ -65,10 +65,27 @@ inline const float *stretch(const uint16_t *w, long count, float *wide) {
 
 struct Product { const float *x, *packed; long m, k, n; };
 
-template <class W> void few_rows(const Product &of, const W *w, const Out &out, long col, long cols) {
-    for (long i = 0; i < of.m;) {
+// R rows times G panels at once: a row or two against one panel are so few sums that each waits for the one before it.
+template <int R, int G, class W> void abreast(const Product &of, const W *w, const Out &out, long col) {
+    Vec acc[R][G][VECTORS] = {};
+    for (long k = 0; k < of.k; k++) for (int g = 0; g < G; g++) {
+        const W *at = w + (g * of.k + k) * PANEL;
+        for (long i = 0; i < PANEL; i += 64 / (long)sizeof(W)) __builtin_prefetch(at + i + AHEAD / (long)sizeof(W));
+        for (long v = 0; v < VECTORS; v++) {
+            Vec b = load(at + v * LANES);
+            for (int r = 0; r < R; r++) acc[r][g][v] += of.x[r * of.k + k] * b;
+        }
+    }
+    for (int r = 0; r < R; r++) for (int g = 0; g < G; g++) for (long v = 0; v < VECTORS; v++) {
+        const long at = col + g * PANEL + v * LANES, left = of.n - at;
+        if (left > 0) finish(out, r, at, acc[r][g][v], left < LANES ? left : LANES);
+    }
+}
+
+template <class W> void few_rows(const Product &of, const W *w, const Out &out, long panel, long panels) {
+    for (long col = panel * PANEL; panels--; w += of.k * PANEL, col += PANEL) for (long i = 0; i < of.m;) {
         long r = rows_of_block(of.m - i);
-        block_of(r, Plain{of.x + i * of.k, of.k}, w, of.k, nullptr, true, &out, i, col, cols);
+        block_of(r, Plain{of.x + i * of.k, of.k}, w, of.k, nullptr, true, &out, i, col, of.n - col < PANEL ? of.n - col : PANEL);
         i += r;
     }
 }
@@ -107,6 +124,7 @@ void pack_rows(const float *x, float *packed, long m, long k) {
 template <class W> int linear(Product of, const W *w, const Out &out, int threads) {
     const long panels = (of.n + PANEL - 1) / PANEL;
     const bool many = of.m > FEW_ROWS;
+    const long wide = of.m == 1 ? ABREAST : of.m == 2 ? ABREAST / 2 : 1, group = panels >= 2 * wide * threads ? wide : 1;
     float *packed = many ? (float *)malloc(of.m * of.k * 4) : nullptr;
     int failed = many && !packed;
     of.packed = packed;
@@ -116,10 +134,12 @@ template <class W> int linear(Product of, const W *w, const Out &out, int thread
         failed |= many && !scratch;
         if (packed) pack_rows(of.x, packed, of.m, of.k);  // ends in a barrier
 #pragma omp for schedule(dynamic)
-        for (long p = 0; p < panels; p++) {
+        for (long p = 0; p < panels; p += group) {
             const W *part = w + p * PANEL * of.k;
             const long col = p * PANEL, cols = of.n - col < PANEL ? of.n - col : PANEL;
-            if (!many) few_rows(of, part, out, col, cols);
+            if (group > 1 && of.m == 1 && p + group <= panels) abreast<1, ABREAST>(of, part, out, col);
+            else if (group > 1 && p + group <= panels) abreast<2, ABREAST / 2>(of, part, out, col);
+            else if (!many) few_rows(of, part, out, p, group < panels - p ? group : panels - p);
             else if (packed && scratch) many_rows(of, part, scratch, out, col, cols);
         }
         free(scratch);

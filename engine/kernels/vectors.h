@@ -18,7 +18,7 @@ constexpr long LANES = 8, VECTORS = 2, ACCUMULATORS = 12;
 #else
 constexpr long LANES = 4, VECTORS = 2, ACCUMULATORS = 12;
 #endif
-constexpr long ROWS = 6, PANEL = VECTORS * LANES, FEW_ROWS = 16, STRETCH = 768, AHEAD = 4096, KEYS_AHEAD = 48;
+constexpr long ROWS = 6, PANEL = VECTORS * LANES, FEW_ROWS = 16, ABREAST = 8 / VECTORS, STRETCH = 768, AHEAD = 4096, KEYS_AHEAD = 48;
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef int32_t IVec __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint32_t UVec __attribute__((vector_size(LANES * 4), aligned(4)));
