@@ -27,7 +27,8 @@ import numpy as np
 from benchmarks.rows import Row, arguments, report
 from core.blocks import KEY_BYTES, KvLayout
 from kvtransfer.arena import Blocks, HostArena
-from kvtransfer.disk import BATCH_BYTES, SPAN_BYTES, DiskOptions, DiskTier
+from kvtransfer.disk import SPAN_BYTES, DiskOptions, DiskTier
+from kvtransfer.segment_store import PIECE_BYTES
 
 LAYOUT = KvLayout(b"bench" + bytes(11), "float32", 6, 2, 64, 16)  # the demo model's: 96 KiB
 BLOCK_BYTES = LAYOUT.block_bytes
@@ -41,8 +42,8 @@ READS = ("preadv", "preadv with O_DIRECT")
 
 
 def settle(directory: Path, pattern: str) -> None:
-    """Everything on the disk and nothing of it in memory."""
-    for path in directory.glob(pattern):
+    """What this round wrote is on the disk and nothing of it in memory: the newest two files, a round spans no more."""
+    for path in sorted(directory.glob(pattern))[-2:]:
         fd = os.open(path, os.O_RDONLY)
         os.fdatasync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -50,9 +51,9 @@ def settle(directory: Path, pattern: str) -> None:
 
 
 def write_file(path: Path, blocks: Blocks, flags: int = 0) -> None:
-    """The same blocks in spans of the tier's batch size, straight from memory."""
+    """The same blocks in pieces of the tier's size, straight from memory."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | flags)
-    step = BATCH_BYTES // BLOCK_BYTES
+    step = PIECE_BYTES // BLOCK_BYTES
     for first in range(0, len(blocks), step):
         os.pwritev(fd, [block.data for block in blocks[first : first + step]], first * BLOCK_BYTES)
     os.close(fd)
@@ -68,7 +69,7 @@ def read_file(path: Path, out: Blocks, flags: int = 0) -> None:
 
 def dd_s(data: Path, path: Path) -> float:
     """Seconds by dd's own clock, from a file in memory; without what starting it takes."""
-    command = ["dd", f"if={data}", f"of={path}", f"bs={BATCH_BYTES // BLOCK_BYTES * BLOCK_BYTES}", "conv=fdatasync"]
+    command = ["dd", f"if={data}", f"of={path}", f"bs={PIECE_BYTES // BLOCK_BYTES * BLOCK_BYTES}", "conv=fdatasync"]
     told = subprocess.run(command, capture_output=True, text=True, check=True, env={"LC_ALL": "C", "PATH": os.defpath})
     return float(told.stderr.rpartition("copied,")[2].split()[0])
 

@@ -36,7 +36,7 @@ from kvtransfer.segments import geometry_for
 T = TypeVar("T")
 
 SPAN_BYTES = 2**20  # read, then digested while still in the core's cache
-BATCH_BYTES = 4 * 2**20
+BATCH_BYTES = 16 * 2**20  # taken by the writer at a time: several pieces, so that the disk never waits
 SEGMENT_BYTES = 64 * 2**20
 SEGMENTS_MAX = 128  # of a large tier: each holds a descriptor
 

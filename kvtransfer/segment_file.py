@@ -128,26 +128,27 @@ class SegmentFile:
         if os.fstat(self._fd).st_size > self.geometry.bytes_with(used):
             os.ftruncate(self._fd, self.geometry.bytes_with(used))
 
-    def write(self, first: int, blocks: Sequence[memoryview], headers: Sequence[bytes]) -> None:
-        """Consecutive slots from `first`: all bytes, then all headers. Raises OSError: nothing of it counts then.
+    def write_bytes(self, first: int, blocks: Sequence[memoryview]) -> None:
+        """The bytes of consecutive slots from `first`, in the order of the slots. Raises OSError: nothing of it counts then.
 
         What went into the page cache is put on its way soon: left to itself the kernel lets it pile up for seconds,
         then floods the disk and halts every writer, this one in front.
         """
         assert first + len(blocks) <= self.geometry.slots, "the segment is full"
-        offset = self.geometry.data_of(first)
-        direct = self._write_direct(blocks, offset)
-        if not direct:
-            self._write_all(blocks, offset)
-        self._write_all([memoryview(b"".join(headers))], self.geometry.slot_offset(first))
-        self._cached_bytes += 0 if direct else len(blocks) * self.geometry.block_bytes
+        offset, size = self.geometry.data_of(first), len(blocks) * self.geometry.block_bytes
         full = first + len(blocks) == self.geometry.slots
+        if not self._write_direct(blocks, offset):
+            self._write_all(blocks, offset)
+            self._cached_bytes += size
         if self._cached_bytes >= START_BYTES or (full and self._cached_bytes):
-            end = self.geometry.data_of(first + len(blocks))
-            self._calls.start_writing(self._fd, end - self._cached_bytes, self._cached_bytes)
+            self._calls.start_writing(self._fd, offset + size - self._cached_bytes, self._cached_bytes)
             self._cached_bytes = 0
         if full:
             self._end_direct()
+
+    def write_headers(self, first: int, headers: Sequence[bytes]) -> None:
+        """Makes consecutive slots count, whose bytes are written. Raises OSError."""
+        self._write_all([memoryview(b"".join(headers))], self.geometry.slot_offset(first))
 
     def clear(self, slot: int) -> None:
         """Makes a record count no more, restarts included. Raises OSError."""

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from kvtransfer.segment_file import FileCalls, SegmentFile, segment_files
 from kvtransfer.segments import Geometry, directory_name, pack_slot
 
 log = logging.getLogger(__name__)
+PIECE_BYTES = 4 * 2**20  # written at a time
 KEEP_BYTES_MAX = 32 * 2**20  # copied out of one segment before it is dropped
 
 
@@ -61,6 +63,7 @@ class SegmentStore:
         self._moving: set[BlockKey] = set()  # kept from a dropped segment, not yet written again
         self._newest = 0  # segment number; none is used twice while the directory lives
         self._directory_fd = -1
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kv-disk-bytes")
 
     @classmethod
     def open(
@@ -91,14 +94,12 @@ class SegmentStore:
 
     def append(self, blocks: Sequence[Written], wanted: Callable[[Written], bool]) -> None:
         """Writes blocks and makes findable those still `wanted` (asked under the lock). One thread only. Raises OSError."""
-        digests = [digest_of(block.bytes) for block in blocks]
         done = 0
         while done < len(blocks):
             file, first = self._room()
             count = min(len(blocks) - done, file.geometry.slots - first)
-            now_s, part = self._now_s(), range(done, done + count)
-            records = [Record(file.segment, first + at, digests[n], now_s) for at, n in enumerate(part)]
-            self._write(file, first, blocks[done : done + count], records)
+            part = range(done, done + count)
+            records = self._write(file, first, blocks[done : done + count])
             with self.lock:
                 self.index.extend(file.segment, first + count)
                 unwanted = [
@@ -166,19 +167,37 @@ class SegmentStore:
             self._files.clear()
             self._active = None
             self.index = DiskIndex(0)
+            self._pool.shutdown(wait=False)
             if self._directory_fd >= 0:
                 os.close(self._directory_fd)
                 self._directory_fd = -1
 
     # -- appending: the writer's thread ----------------------------------------------------------------------------
 
-    def _write(self, file: SegmentFile, first: int, blocks: Sequence[Written], records: Sequence[Record]) -> None:
-        headers = [
-            pack_slot(file.segment, record.slot, block.key, self._geometry.block_bytes, record.digest, record.written_s)
-            for block, record in zip(blocks, records, strict=True)
-        ]
-        file.write(first, [block.bytes.data for block in blocks], headers)
+    def _write(self, file: SegmentFile, first: int, blocks: Sequence[Written]) -> list[Record]:
+        """Piece by piece: one thread keeps the disk busy with bytes while this one makes their digests and headers."""
+        size, now_s = max(1, PIECE_BYTES // self._geometry.block_bytes), self._now_s()
+        starts = range(0, len(blocks), size)
+        pieces = [blocks[start : start + size] for start in starts]
+        views = [[block.bytes.data for block in piece] for piece in pieces]
+        writes = [self._pool.submit(file.write_bytes, first + at, data) for at, data in zip(starts, views, strict=True)]
+        records: list[Record] = []
+        try:
+            for at, piece, written in zip(starts, pieces, writes, strict=True):
+                made = [Record(file.segment, first + at + n, digest_of(b.bytes), now_s) for n, b in enumerate(piece)]
+                headers = [self._header(block.key, record) for block, record in zip(piece, made, strict=True)]
+                written.result()
+                file.write_headers(first + at, headers)
+                records += made
+        finally:
+            for one in writes:
+                one.cancel()
+            wait(writes)  # the blocks are their owner's again once this is back
         self._active = (file, first + len(blocks))
+        return records
+
+    def _header(self, key: BlockKey, record: Record) -> bytes:
+        return pack_slot(record.segment, record.slot, key, self._geometry.block_bytes, record.digest, record.written_s)
 
     def _adopt(self, block: Written, record: Record, wanted: Callable[[Written], bool]) -> bool:
         if not wanted(block) or block.key in self.index:  # a second record would outlive an eviction of the first
