@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from core.blocks import BlockRecord, KvSource
@@ -127,6 +127,12 @@ class Fetcher:
             del self._sources[source.worker_id]
         for place in [p for p in self._demoted if p[:2] == (source.worker_id, source.epoch)]:
             del self._demoted[place]
+
+    def keep(self, alive: Collection[KvSource]) -> None:
+        """Forgets every source but these: memory of a worker that is gone is taken for as long as somebody maps it."""
+        known = {(source.worker_id, source.epoch) for source in alive}
+        for source in [s for s in self._sources.values() if (s.worker_id, s.epoch) not in known]:
+            self.forget(source)
 
     async def close(self) -> None:
         """Closes the transports."""

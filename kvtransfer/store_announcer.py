@@ -85,6 +85,8 @@ class StoreAnnouncer:
             await self._directory.leave(self._store.record().source.worker_id, self._store.epoch)
         known = await self._directory.join(self._store.record(), self._ttl_s)
         self._joined_at = now
+        if self._store.plane is not None:
+            self._store.plane.fetcher.keep([node.source for node in await self._directory.nodes()])
         if fresh or not known:
             self._plane = self._store.plane
             self._everything = True

@@ -126,6 +126,13 @@ async def test_a_store_is_found_through_the_directory_and_leaves_nothing(tmp_pat
             assert record.source.arena_path in map(str, t.shm.iterdir())
             assert record.source.transports[1] == "shm"
             assert len(await client.read(keys)) == 30
+            maps = Path(f"/proc/{pid_of(Path(record.source.arena_path))}/maps")
+
+            async def unmapped() -> bool:
+                """The worker never joined: to the directory it is gone, and its memory must not be kept from the system."""
+                return worker.arena.path not in maps.read_text()
+
+            await eventually(unmapped)
         await handle.stop(4.0)
         assert handle.exited.result().reason == "stopped"
         assert not await t.nodes(), "it said that it leaves"

@@ -114,8 +114,8 @@ def test_down_ends_it_and_leaves_nothing(cluster: Cluster) -> None:
     """Last of this cluster."""
     pids = family(cluster.process.pid)
     assert len(pids) == 5
+    eventually(lambda: shared_by(pids) <= shared_memory(), 40)  # what others mapped of the worker that was drained goes too
     files = shared_by(pids)
-    assert files <= shared_memory()
     done = tandem("down", "--grpc", cluster.grpc)
     assert done.returncode == 0, done.stderr
     assert cluster.process.wait(10) == 0
