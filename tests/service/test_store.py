@@ -130,7 +130,7 @@ async def test_a_store_is_found_through_the_directory_and_leaves_nothing(tmp_pat
 
             async def unmapped() -> bool:
                 """The worker never joined: to the directory it is gone, and its memory must not be kept from the system."""
-                return worker.arena.path not in maps.read_text()
+                return worker.arena.path not in await asyncio.to_thread(maps.read_text)
 
             await eventually(unmapped)
         await handle.stop(4.0)
