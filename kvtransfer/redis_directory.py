@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from itertools import chain, repeat, takewhile
 from typing import Any
 
 from core.blocks import KEY_BYTES, BlockKey
@@ -29,7 +30,7 @@ from kvtransfer.directory import (
     pack_deltas,
 )
 from kvtransfer.directory_wire import node_from_bytes, node_to_bytes
-from kvtransfer.redis_layout import CLUSTER_SHARDS, RECORD_BYTES, SWEEP_BUCKETS, TAG_BYTES, Layout, Lookup, read_words, words_in
+from kvtransfer.redis_layout import CLUSTER_SHARDS, SWEEP_BUCKETS, Layout, Lookup, read_words
 from kvtransfer.redis_link import has_answered, open_link
 from kvtransfer.redis_scripts import ANNOUNCE, JOIN, LEAVE, NODES, RECORDS, SWEEP, Script
 from kvtransfer.redis_url import parse_redis_url
@@ -47,6 +48,7 @@ _EPOCH_DIGITS = 20
 
 _Incarnation = tuple[str, int]
 _Records = dict[int, NodeRecord | None]
+_Run = tuple[tuple[Holder, ...], int]  # holders, of how many keys in a row
 
 
 class RedisDirectory:
@@ -116,15 +118,17 @@ class RedisDirectory:
         if not self._breaker.allows(self._clock.now()):
             raise DirectoryError(f"redis {self._name} did not answer lately; it is left alone for a moment")
         known: dict[str, NodeRecord] = {}
-        holders: list[tuple[Holder, ...]] = []
+        runs: list[_Run] = []
         for start in range(0, len(packed), LOCATE_KEYS * KEY_BYTES):
             piece = packed[start : start + LOCATE_KEYS * KEY_BYTES]
             found = await self._watched(self._locate(piece, known))
-            holders += found
-            if len(found) * KEY_BYTES < len(piece):
+            runs += found
+            if sum(count for _, count in found) * KEY_BYTES < len(piece):
                 break
-        distinct = {id(held): held for held in holders}.values()
-        return Located({holder.worker_id: known[holder.worker_id] for held in distinct for holder in held}, holders)
+        holders: list[tuple[Holder, ...]] = []
+        for held, count in runs:
+            holders += [held] * count
+        return Located({holder.worker_id: known[holder.worker_id] for held, _ in runs for holder in held}, holders)
 
     async def nodes(self) -> list[NodeRecord]:
         found = {}
@@ -172,22 +176,23 @@ class RedisDirectory:
 
     # ---- looking up ------------------------------------------------------------------------------------------------------
 
-    async def _locate(self, keys: bytes, known: dict[str, NodeRecord]) -> list[tuple[Holder, ...]]:
+    async def _locate(self, keys: bytes, known: dict[str, NodeRecord]) -> list[_Run]:
         """Holders of the prefix of `keys` that is held; adds to `known` the newest incarnation of each node that was met."""
         lookups = self._layout.lookup(keys)
         answers = await _all([self._read(shard, lookup) for shard, lookup in lookups.items()])
-        words_of = [_words(buckets, lookup.tags) for lookup, (buckets, _) in zip(lookups.values(), answers, strict=True)]
-        for shard, words, (_, records) in zip(lookups, words_of, answers, strict=True):
-            for record in (await self._complete(shard, set(words), records)).values():
+        read = [lookup.read(buckets) for lookup, (buckets, _) in zip(lookups.values(), answers, strict=True)]
+        for shard, runs, (_, records) in zip(lookups, read, answers, strict=True):
+            for record in (await self._complete(shard, {words for words, _ in runs}, records)).values():
                 name = record.source.worker_id
                 if name not in known or known[name].source.epoch < record.source.epoch:
                     known[name] = record
-        holders: list[tuple[Holder, ...]] = [()] * (len(keys) // KEY_BYTES)
-        for lookup, words, (_, records) in zip(lookups.values(), words_of, answers, strict=True):
-            resolved = {word: _holders(word, records, known) for word in set(words)}
-            for place, word in zip(lookup.places, words, strict=False):  # words end where this shard has no more
-                holders[place] = resolved[word]
-        return holders[: holders.index(())] if () in holders else holders
+        resolved = [
+            [(_holders(words, records, known), count) for words, count in runs]
+            for runs, (_, records) in zip(read, answers, strict=True)
+        ]
+        if len(resolved) == 1:
+            return list(takewhile(lambda run: run[0], resolved[0]))
+        return _merged([lookup.places for lookup in lookups.values()], resolved, len(keys) // KEY_BYTES)
 
     async def _read(self, shard: int, lookup: Lookup) -> tuple[list[bytes | None], _Records]:
         numbers = list(self._met[shard])
@@ -255,20 +260,14 @@ class RedisDirectory:
             raise DirectoryError("this directory was closed")
 
 
-def _words(buckets: list[bytes | None], tags: list[bytes]) -> list[bytes]:
-    """The words of each key until the first that nobody holds."""
-    found = []
-    for bucket, tag in zip(buckets, tags, strict=True):
-        if bucket is None:
-            break
-        at = bucket.find(tag)
-        if at % RECORD_BYTES == 0 and bucket.find(tag, at + RECORD_BYTES) < 0:  # nearly always
-            found.append(bucket[at + TAG_BYTES : at + RECORD_BYTES])
-        elif words := words_in(bucket, tag):
-            found.append(words)
-        else:
-            break
-    return found
+def _merged(places: list[list[int]], runs: list[list[_Run]], keys: int) -> list[_Run]:
+    """Runs of all keys, of the runs of each shard's."""
+    holders: list[tuple[Holder, ...]] = [()] * keys
+    for at, shard in zip(places, runs, strict=True):
+        spread = chain.from_iterable(repeat(held, count) for held, count in shard)
+        for place, held in zip(at, spread, strict=False):  # a shard's runs end where it has no more
+            holders[place] = held
+    return [(held, 1) for held in takewhile(bool, holders)]
 
 
 def _holders(words: bytes, records: _Records, known: dict[str, NodeRecord]) -> tuple[Holder, ...]:

@@ -21,6 +21,7 @@ time. Every shard is complete in itself, with its own numbers, so that each shar
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,15 +46,18 @@ _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Lookup:
-    """Keys of one shard: key `places[i]` of those asked for is in bucket `names()[i]` under `tags[i]`."""
+    """Keys of one shard: key `places[i]` of those asked for is in the i-th bucket, under the i-th tag."""
 
-    def __init__(self, places: list[int], names: _Bytes, tags: list[bytes]) -> None:
+    def __init__(self, places: list[int], names: _Bytes, tags: _Bytes) -> None:
         self.places = places
-        self.tags = tags
         self._names = names
+        self._tags = tags
 
     def names(self) -> list[bytes]:
         return _rows(self._names)
+
+    def tags(self) -> list[bytes]:
+        return _rows(self._tags)
 
     def command(self) -> bytes:
         """`MGET` of the names as it goes over the wire. Names have one length, so that is one copy of a pattern: encoding
@@ -65,6 +69,40 @@ class Lookup:
         wire[:, len(head) : -2] = self._names
         wire[:, -2:] = np.frombuffer(b"\r\n", np.uint8)
         return b"*%d\r\n$4\r\nMGET\r\n" % (count + 1) + wire.tobytes()
+
+    def read(self, buckets: list[bytes | None]) -> list[tuple[bytes, int]]:
+        """What the buckets say of the keys until the first that nobody holds: (words, of how many keys in a row)."""
+        held = buckets[: buckets.index(None)] if None in buckets else buckets
+        if not held:
+            return []
+        if any(len(bucket) % RECORD_BYTES for bucket in held):  # type: ignore[arg-type]
+            return self._read_one_by_one(held)  # type: ignore[arg-type]
+        return self._read_at_once(held)  # type: ignore[arg-type]
+
+    def _read_at_once(self, buckets: list[bytes]) -> list[tuple[bytes, int]]:
+        """Compares all records of all buckets with the tag asked of them."""
+        count = len(buckets)
+        lengths = np.fromiter(map(len, buckets), np.int64, count)
+        records = np.frombuffer(b"".join(buckets), np.uint8).reshape(-1, RECORD_BYTES)
+        bucket_of = np.repeat(np.arange(count), lengths // RECORD_BYTES)
+        tags, asked = records.view("<u2")[:, :3], np.ascontiguousarray(self._tags[:count]).view("<u2")[bucket_of]
+        hits = np.flatnonzero((tags[:, 0] == asked[:, 0]) & (tags[:, 1] == asked[:, 1]) & (tags[:, 2] == asked[:, 2]))
+        per_key = np.bincount(bucket_of[hits], minlength=count)
+        until = count if per_key.all() else int(np.argmin(per_key))
+        return _runs(np.ascontiguousarray(records[:, TAG_BYTES:]).view("<u4").ravel()[hits], per_key[:until])
+
+    def _read_one_by_one(self, buckets: list[bytes]) -> list[tuple[bytes, int]]:
+        """The same where a bucket is damaged or somebody else's."""
+        runs: list[tuple[bytes, int]] = []
+        for bucket, tag in zip(buckets, self.tags(), strict=False):
+            words = words_in(bucket, tag)
+            if not words:
+                break
+            if runs and runs[-1][0] == words:
+                runs[-1] = (words, runs[-1][1] + 1)
+            else:
+                runs.append((words, 1))
+        return runs
 
 
 class Layout:
@@ -86,7 +124,7 @@ class Layout:
             names = np.empty((len(rows), len(prefix) + BUCKET_BYTES), np.uint8)
             names[:, : len(prefix)] = prefix
             names[:, len(prefix) :] = rows[:, :BUCKET_BYTES] & self._mask
-            found[shard] = Lookup(places, names, _rows(rows[:, BUCKET_BYTES : BUCKET_BYTES + TAG_BYTES]))
+            found[shard] = Lookup(places, names, rows[:, BUCKET_BYTES : BUCKET_BYTES + TAG_BYTES])
         return found
 
     def packed(self, keys: bytes) -> dict[int, bytes]:
@@ -105,6 +143,20 @@ class Layout:
         shard_of = rows[:, _SHARD_BYTE] & np.uint8(self.shards - 1)
         places = {int(shard): np.flatnonzero(shard_of == shard) for shard in np.unique(shard_of)}
         return {shard: (at.tolist(), rows[at]) for shard, at in places.items()}
+
+
+def _runs(words: np.ndarray[Any, np.dtype[np.uint32]], per_key: np.ndarray[Any, np.dtype[np.int64]]) -> list[tuple[bytes, int]]:
+    """Keys in a row with equal words; `per_key[i]` of `words` belong to key i, those of each key one after another."""
+    keys = len(per_key)
+    if not keys:
+        return []
+    starts = np.cumsum(per_key) - per_key
+    words = words[: int(per_key.sum())]
+    ahead = np.arange(len(words)) + np.repeat(per_key, per_key)  # the same word of the next key, if that has as many
+    equal = words == words[np.minimum(ahead, len(words) - 1)]
+    like_next = np.logical_and.reduceat(equal, starts)[:-1] & (per_key[:-1] == per_key[1:])
+    edges = [0, *(np.flatnonzero(~like_next) + 1).tolist(), keys]
+    return [(words[starts[first] : starts[first] + per_key[first]].tobytes(), last - first) for first, last in pairwise(edges)]
 
 
 def words_in(bucket: bytes, tag: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -104,7 +105,7 @@ def test_a_key_is_looked_up_where_it_is_written(shards):
         prefix = layout.prefixes[shard]
         rows = [written[shard][at : at + 9] for at in range(0, len(written[shard]), 9)]
         assert [prefix + row[:3] for row in rows] == lookup.names()
-        assert [row[3:] for row in rows] == lookup.tags
+        assert [row[3:] for row in rows] == lookup.tags()
         assert all(int.from_bytes(row[:3], "little") < BUCKETS // shards for row in rows)
         words = b"".join(b"$%d\r\n%s\r\n" % (len(name), name) for name in (b"MGET", *lookup.names()))
         assert lookup.command() == b"*%d\r\n" % (1 + len(rows)) + words
@@ -113,7 +114,7 @@ def test_a_key_is_looked_up_where_it_is_written(shards):
             {
                 b"".join((name, tag))
                 for lookup in lookups.values()
-                for name, tag in zip(lookup.names(), lookup.tags, strict=True)
+                for name, tag in zip(lookup.names(), lookup.tags(), strict=True)
             }
         )
         == 500
@@ -132,6 +133,29 @@ def test_tags_are_found_at_records_alone(records):
     for tag in (b"aaaaaa", b"aaaaab", b"\0\0\0\0\0\0"):
         expected = [(0x61616161 + number) >> 1 for found, number in records if found == tag]
         assert [number for number, _ in read_words(words_in(bucket, tag))] == expected
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=3, unique=True), max_size=12), st.integers(0, 2**32), st.booleans())
+def test_runs_are_what_each_bucket_says(holders, seed, damaged):
+    """Read at once or one by one: the words of each key, until the first that has none."""
+    dice = random.Random(seed)
+    keys = dice.randbytes(16 * len(holders))
+    lookup = Layout("t", 1).lookup(keys).get(0)
+    if lookup is None:
+        return
+    buckets: list[bytes | None] = []
+    for tag, numbers in zip(lookup.tags(), holders, strict=True):
+        records = [tag + number.to_bytes(4, "big") for number in numbers] + [
+            dice.randbytes(10) for _ in range(dice.randrange(3))
+        ]
+        buckets.append(b"".join(records) or None)
+    if damaged and buckets[-1] is not None:
+        buckets[-1] += b"tail"
+    expected = [b"".join(number.to_bytes(4, "big") for number in numbers) for numbers in holders]
+    expected = expected[: expected.index(b"")] if b"" in expected else expected
+    runs = lookup.read(buckets)
+    assert [words for words, count in runs for _ in range(count)] == expected
+    assert all(one != other for (one, _), (other, _) in pairwise(runs))
 
 
 def test_the_breaker_lets_one_call_try():
