@@ -106,7 +106,7 @@ class Ingests:
         return len(found) * size
 
     def pull(self, key: AttemptKey, ticket: KvTicket) -> Sequence[BlockKey]:
-        """Starts filling a reservation, and says with which keys.
+        """Starts filling a reservation, and says which keys it may bring.
 
         Raises UnavailableError when there is none, or it is being filled already.
         """
@@ -117,7 +117,8 @@ class Ingests:
         reservation.pulling = task
         self._pulls.add(task)
         task.add_done_callback(partial(self._pulled, reservation))
-        return [*reservation.plan.keys, *reservation.plan.salted_keys]
+        plan = reservation.plan
+        return [*plan.keys[len(plan.local) :], *plan.salted_keys[len(plan.local) :]]
 
     def drop(self, key: AttemptKey) -> None:
         """Gives a reservation up. Blocks that are being written into follow when the transport has let go of them."""

@@ -26,13 +26,14 @@ from tandem.v1 import kv_pb2
 log = logging.getLogger(__name__)
 
 QUEUE_MAX = 16_384  # blocks; beyond it the oldest are forgotten
-KNOWN_MAX = 65_536
+SKIPPED_MAX = 65_536
 BATCH_BLOCKS = 256
 BATCH_BYTES = 16 * 2**20
 OFFER_TIMEOUT_S = 10.0
 LEASE_MARGIN_S = 2.0
 PAUSE_MIN_S = 0.2
 PAUSE_MAX_S = 5.0
+_OFFERED = object()
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ class Offerer:
         self._cost_s = cost_s
         self._store: KvSource | None = None
         self._queue: OrderedDict[BlockKey, None] = OrderedDict()  # oldest first
-        self._known: OrderedDict[BlockKey, None] = OrderedDict()  # at the store, as far as we know
+        self._skipped: OrderedDict[BlockKey, None] = OrderedDict()  # need no offer when they become resident here
         self._news = asyncio.Event()
         self._pause_s = PAUSE_MIN_S
         self._count = 0
@@ -91,17 +92,18 @@ class Offerer:
         if self._store == before or self._store is None:
             return False
         same_life = before is not None and (before.worker_id, before.epoch) == (self._store.worker_id, self._store.epoch)
-        if not same_life:
-            self._known.clear()
         self._news.set()
         return not same_life
 
     def offer(self, keys: Sequence[BlockKey]) -> None:
-        """Blocks that became resident here. What the store has is left out; without a store, everything."""
+        """Blocks that became resident here, whether or not the store had them once: it may have evicted them since.
+
+        What was skipped is left out, this once; without a store, everything.
+        """
         if self._store is None:
             return
         for key in keys:
-            if key not in self._known:
+            if self._skipped.pop(key, _OFFERED) is _OFFERED:
                 self._queue[key] = None
         while len(self._queue) > QUEUE_MAX:
             self._queue.popitem(last=False)
@@ -109,13 +111,11 @@ class Offerer:
         self._news.set()
 
     def skip(self, keys: Sequence[BlockKey]) -> None:
-        """These need no offer: they came from the store, or from a worker that offers them itself."""
+        """These will become resident here and need no offer: they come from the store, or from a worker that offers them."""
         for key in keys:
-            self._known[key] = None
-            self._known.move_to_end(key)
-            self._queue.pop(key, None)
-        while len(self._known) > KNOWN_MAX:
-            self._known.popitem(last=False)
+            self._skipped[key] = None
+        while len(self._skipped) > SKIPPED_MAX:
+            self._skipped.popitem(last=False)
 
     async def run(self) -> None:
         while True:
@@ -127,7 +127,8 @@ class Offerer:
                 await self._offer(self._store, batch)
             except LayoutMismatchError as error:
                 log.warning("blocks of this worker are not offered: %s", error.message)
-                self._refuse(batch)
+                self.stats.refused += len(batch)
+                self._forget(batch)
                 await self._pause()
             except TandemError as error:
                 self.stats.failures += 1
@@ -135,7 +136,7 @@ class Offerer:
                 await self._pause()
             else:
                 self._pause_s = PAUSE_MIN_S
-                self.skip(batch)
+                self._forget(batch)
 
     def _batch_blocks(self) -> int:
         """Leased while the store pulls them, so never much of the memory."""
@@ -182,9 +183,9 @@ class Offerer:
         self.stats.known += reply.known
         self.stats.refused += reply.refused
 
-    def _refuse(self, batch: Sequence[BlockKey]) -> None:
+    def _forget(self, batch: Sequence[BlockKey]) -> None:
         for key in batch:
-            self.stats.refused += self._queue.pop(key, 0) is None
+            self._queue.pop(key, None)
 
     async def _pause(self) -> None:
         await asyncio.sleep(self._pause_s)

@@ -37,9 +37,10 @@ class Resident:
     def worth_asking(self, keys: Sequence[BlockKey]) -> bool:
         """Whether `ensure` would look elsewhere: somebody else is there, and what is missing takes longer to compute than
         to ask for. Takes microseconds, so that prompts that gain nothing lose nothing."""
-        found = self._ground.inventory.match(keys)
-        self._ground.inventory.release(found)
-        return len(found) < len(keys) and self.may_pay(len(keys) - len(found))
+        found = self._ground.inventory.look(keys)
+        self._ground.inventory.release([block for block in found if block is not None])
+        missing = found.count(None)
+        return missing > 0 and self.may_pay(missing)
 
     async def ensure(self, keys: Sequence[BlockKey], tenant: bytes, deadline_s: float) -> list[int]:
         """The blocks of the longest prefix of `keys` that is here within `deadline_s`, a reference on each for the caller.
@@ -48,7 +49,7 @@ class Resident:
         """
         inventory, stats, clock = self._ground.inventory, self._ground.stats, self._ground.clock
         started = clock.now()
-        found = inventory.find(keys)
+        found = inventory.look(keys)  # the engine uses them, we do not
         local = next((place for place, block in enumerate(found) if block is None), len(keys))
         missing = [key for key, block in zip(keys, found, strict=True) if block is None]
         try:

@@ -58,9 +58,20 @@ async def test_what_became_resident_reaches_the_store(tmp_path):
         await until(lambda: not len(offerer))
         assert await has(store, KEYS)
         assert offerer.stats.taken == 40
-        offerer.offer(KEYS)
-        assert not len(offerer), "what it has is not offered again"
         assert not offerer.met(nodes(store))
+
+
+async def test_what_was_computed_again_is_offered_again(tmp_path):
+    """The store may have evicted it as well; when it has not, it says so."""
+    async with worker_end(tmp_path) as worker, store_end(store_spec(tmp_path)) as store, offering(worker) as offerer:
+        offerer.met(nodes(store))
+        worker.compute(KEYS[:4])
+        offerer.offer(KEYS[:4])
+        await until(lambda: offerer.stats.taken == 4)
+        assert await store.node.evict(KEYS[:2]) == 2
+        offerer.offer(KEYS[:4])
+        await until(lambda: not len(offerer))
+        assert (offerer.stats.taken, offerer.stats.known) == (6, 2)
 
 
 async def test_blocks_of_each_tenant_are_charged_to_it_with_what_they_cost(tmp_path):
@@ -102,7 +113,7 @@ async def test_without_a_store_nothing_is_kept_waiting(tmp_path):
 
 async def test_only_so_much_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(offerer_module, "QUEUE_MAX", 10)
-    monkeypatch.setattr(offerer_module, "KNOWN_MAX", 3)
+    monkeypatch.setattr(offerer_module, "SKIPPED_MAX", 3)
     async with worker_end(tmp_path) as worker, store_end(store_spec(tmp_path)) as store, offering(worker) as offerer:
         worker.compute(KEYS)
         offerer.met(nodes(store))
@@ -111,8 +122,9 @@ async def test_only_so_much_waits(tmp_path, monkeypatch):
         await until(lambda: not len(offerer))
         assert await has(store, KEYS[30:]), "the oldest were forgotten"
         assert not await store.client.read(KEYS[:30])
+        offerer.skip(KEYS[30:])
         offerer.offer(KEYS[30:])
-        assert len(offerer) == 7, "what is known of the store is bounded too"
+        assert len(offerer) == 7, "what is to be skipped is bounded too"
 
 
 async def test_a_store_that_was_away_gets_what_waited(tmp_path, monkeypatch):
@@ -156,6 +168,8 @@ async def test_blocks_that_others_offer_are_skipped(tmp_path):
         offerer.offer(KEYS[:6])
         assert len(offerer) == 2
         await until(lambda: offerer.stats.taken == 2)
+        offerer.offer(KEYS[:4])
+        assert len(offerer) == 4, "this once"
 
 
 def store(name, host):
