@@ -103,12 +103,12 @@ async def _one_block(bench: Source, transport: ShmTransport, index: int) -> floa
 
 
 async def against_nixl(bench: Source, directory: str, rounds: int) -> list[Row]:
-    """One configuration at a time: their progress threads spin, and more than one would starve the others."""
+    """One configuration at a time, halted in our turns: its progress threads spin on both cores."""
     size = bench.count(64 * MIB) * BLOCK_BYTES
     plain, checked = (ShmTransport(Copier(bench.dest, digest=on, timeout_s=60.0), directory) for on in (False, True))
     rows: list[tuple[str, dict[str, float]]] = []
     for name, settings in NIXL.items():
-        async with rival("nixl", "rival_nixl.py", str(size), str(BLOCK_BYTES), **settings) as nixl:
+        async with rival("nixl", "rival_nixl.py", str(size), str(BLOCK_BYTES), still=True, **settings) as nixl:
             if nixl is None:
                 continue
             contenders = {"shm": _pull(bench, plain, 64), "digest": _pull(bench, checked, 64), name: nixl.moves(size)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -63,19 +65,27 @@ def times(seen: Mapping[str, float], ours: str, theirs: str) -> float | None:
 class Rival:
     """A script that says `ready` and then, for each line with a number of bytes, `took SECONDS` of one transfer."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
-        self._name, self._process = name, process
+    def __init__(self, name: str, process: asyncio.subprocess.Process, still: bool) -> None:
+        self._name, self._process, self._still = name, process, still
 
     def moves(self, size: int) -> Go:
         async def go() -> float:
             assert self._process.stdin is not None
             try:
+                self.stop(False)
                 self._process.stdin.write(f"{size}\n".encode())
                 return float(await self.answer("took", TURN_S))
             except (OSError, ValueError) as error:
                 raise RivalGoneError(f"{self._name} broke: {error}") from None
+            finally:
+                self.stop(True)
 
         return go
+
+    def stop(self, stop: bool) -> None:
+        """Halts its whole group between its turns, or lets it go on. Of rivals that were asked to stand still alone."""
+        if self._still and self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGSTOP if stop else signal.SIGCONT)
 
     async def answer(self, word: str, timeout_s: float) -> str:
         """What follows `word` on the next line that begins with it; rivals print much else. Raises RivalGoneError."""
@@ -96,9 +106,12 @@ class Rival:
 
 
 @asynccontextmanager
-async def rival(name: str, script: str, *words: str, ours: bool = False, **settings: str) -> AsyncIterator[Rival | None]:
+async def rival(
+    name: str, script: str, *words: str, ours: bool = False, still: bool = False, **settings: str
+) -> AsyncIterator[Rival | None]:
     """`script` of this folder in the environment of the peer `name` (in ours when `ours`), with `settings` in its environment.
 
+    `still`: halted while it is not its turn, for those whose threads spin and would take the others' cores.
     None when it is not installed, or does not get ready; why is said on standard error.
     """
     python = Path(sys.executable) if ours else python_of(name)
@@ -110,9 +123,10 @@ async def rival(name: str, script: str, *words: str, ours: bool = False, **setti
     process = await asyncio.create_subprocess_exec(
         str(python), str(Path(__file__).with_name(script)), *words,
         stdin=pipe, stdout=pipe, stderr=pipe, limit=2**20, env=environment_of(name, **settings),
+        process_group=0 if still else None,
     )  # fmt: skip
+    made = Rival(name, process, still)
     try:
-        made = Rival(name, process)
         try:
             print(f"{name} is ready {await made.answer('ready', READY_S)}", file=sys.stderr)
         except RivalGoneError as error:
@@ -121,6 +135,7 @@ async def rival(name: str, script: str, *words: str, ours: bool = False, **setti
         else:
             yield made
     finally:
+        made.stop(False)
         await _end(process)
 
 
