@@ -16,6 +16,7 @@ from core.clock import Clock
 from core.errors import ConfigError, StaleEpochError, UnavailableError
 from core.hostspec import HostSpec
 from core.request import AttemptKey, WorkerRole
+from kvtransfer.copier import settled
 from kvtransfer.directory import NodeRecord, Tier
 from kvtransfer.holds import check_keys, granted_s
 from kvtransfer.kv_node import Held, NodeEntry, NodeStat, TierStat, Verified
@@ -180,7 +181,11 @@ class StoreNode:
                 log.info("what the disk holds is of another layout than what is offered now; it is left alone")
                 await self._close_plane()
             if self.plane is None:
-                await self._open(layout)
+                opening = asyncio.ensure_future(self._open(layout))
+                await settled(
+                    opening
+                )  # cancelled or not: half opened memory stands in the way of the next
+                opening.result()
             if self.plane is None:
                 raise UnavailableError(self._no_memory[0])
             self.plane.node.check_layout(layout)

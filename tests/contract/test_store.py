@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import grpc
@@ -16,7 +17,7 @@ from core.errors import ConfigError
 from core.request import AttemptKey
 from core.wire import layout_to_pb
 from kvtransfer import main as store_main
-from kvtransfer import store_offers
+from kvtransfer import store_offers, store_plane
 from tandem.v1 import kv_pb2
 
 UNAVAILABLE, INVALID = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INVALID_ARGUMENT
@@ -42,6 +43,28 @@ async def test_what_is_offered_can_be_read_back(transport, tmp_path):
         [dram] = (await store.client.stat()).values()
         assert (dram.blocks, dram.hits) == (14, 12)
         assert dram.blocks_max == BLOCKS
+
+
+async def test_an_offer_cancelled_while_memory_is_taken_does_not_stand_in_the_way_of_the_next(tmp_path, monkeypatch):
+    taken, go_on = threading.Event(), threading.Event()
+    original = store_plane.open_arena
+
+    def slow(*args):
+        arena = original(*args)
+        taken.set()
+        assert go_on.wait(20)
+        return arena
+
+    monkeypatch.setattr(store_plane, "open_arena", slow)
+    async with worker_end(tmp_path) as worker, store_end(store_spec(tmp_path)) as store:
+        first = asyncio.create_task(store.node._plane_for(LAYOUT))
+        assert await asyncio.to_thread(taken.wait, 20)
+        first.cancel()
+        second = asyncio.create_task(store.client.offer(worker, keys_of("a", 2)))
+        await asyncio.wait([first, second], timeout=0.1)
+        go_on.set()
+        assert outcome(await second) == (2, 0, 0)
+        assert first.cancelled()
 
 
 async def test_a_fresh_store_knows_nothing_and_says_so(tmp_path):
