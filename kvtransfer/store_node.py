@@ -182,9 +182,7 @@ class StoreNode:
                 await self._close_plane()
             if self.plane is None:
                 opening = asyncio.ensure_future(self._open(layout))
-                await settled(
-                    opening
-                )  # cancelled or not: half opened memory stands in the way of the next
+                await settled(opening)  # cancelled or not: half opened memory stands in the way of the next
                 opening.result()
             if self.plane is None:
                 raise UnavailableError(self._no_memory[0])
