@@ -63,11 +63,11 @@ class Helper:
 
     async def backend(self) -> str:
         """`gloo` or `nccl`, once the process is ready. Raises TransferError when it cannot be."""
-        return await self._living().ready()
+        return await (await self._living()).ready()
 
     async def make(self, order: Meet | Join) -> Mapping[str, Any]:
         """Raises TransferError; the group is dropped then, also when cancelled."""
-        process = self._living()
+        process = await self._living()
         await process.ready()
         await self._make_room(process)
         process.groups[order.group] = time.monotonic()
@@ -140,9 +140,10 @@ class Helper:
         self.stats.kills += 1
         await process.kill()
 
-    def _living(self) -> _Process:
+    async def _living(self) -> _Process:
         if self._closed:
             raise TransferError("the transport is closed")
+        await self._process.gone_if_dying()
         if self._process.ended:
             wait_s = self._started + self._restart_s - time.monotonic()
             if wait_s > 0:

@@ -52,6 +52,8 @@ class TestCollective(TransportSuite):
 
     @asynccontextmanager
     async def pair(self, num_blocks=64, block_bytes=4096, *, timeout_s=20.0, digest=True):
+        async with asyncio.timeout(100):  # one that an earlier test killed imports torch again
+            await asyncio.gather(self.source_helper.backend(), self.dest_helper.backend())
         arena, dest = self.arena("source", num_blocks, block_bytes), self.arena("dest", num_blocks, block_bytes)
         inventory = Inventory(num_blocks, arena.generation_words())
         exports = new_exports(arena, inventory)
@@ -75,6 +77,7 @@ class TestCollective(TransportSuite):
     async def vanish(self, pair):
         """Its process with all its sockets, the helper's among them."""
         self.source_helper.kill()
+        await until(lambda: self.source_helper._process.ended)
         await self.server._server.stop(0)
 
     @asynccontextmanager
