@@ -198,6 +198,7 @@ class Flight:
         except DigestMismatchError as error:
             ground.stats.failures[error.code] += 1
             log.warning("blocks of %s are not used: %s", holder.worker_id, error.message)
+            ground.holds.complain(record.source, [r.key for r in records])
             return 0
         for r, block in zip(records, dest_blocks, strict=True):
             self._blocks[places[r.index]] = ground.inventory.commit(block, r.key, r.digest, tenant=self._tenant)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from tandem.v1 import kv_pb2
 log = logging.getLogger(__name__)
 
 DROP_TIMEOUT_S = 1.0
+VERIFY_TIMEOUT_S = 1.0  # it reads no more than one slice
 
 
 class Hold(NamedTuple):
@@ -57,9 +58,12 @@ class HoldClient:
         try:
             yield self._understood(await self._ask(source, request, timeout_s), holder, source, keys)
         finally:
-            task = asyncio.create_task(self._drop(source, holder), name=f"kv-drop {holder.request_id}")
-            self._dropping.add(task)
-            task.add_done_callback(self._dropping.discard)
+            self._begin(self._drop(source, holder), f"kv-drop {holder.request_id}")
+
+    def complain(self, source: KvSource, keys: Sequence[BlockKey]) -> None:
+        """Blocks of these came with a wrong digest: the node shall look at them itself, and drop what is bad, so that it is not
+        fetched in vain for ever. Nobody waits for that."""
+        self._begin(self._verify(source, keys), f"kv-complain {source.worker_id}")
 
     async def close(self) -> None:
         """Waits for the farewells still on their way."""
@@ -92,6 +96,18 @@ class HoldClient:
         if any(r.key != keys[r.index] or r.num_tokens != self._layout.block_size for r in records):
             raise TransferError(f"{asked.worker_id} holds other blocks than those that were asked for")
         return Hold(holder, source, records)
+
+    def _begin(self, work: Coroutine[object, object, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._dropping.add(task)
+        task.add_done_callback(self._dropping.discard)
+
+    async def _verify(self, source: KvSource, keys: Sequence[BlockKey]) -> None:
+        try:
+            await self._channels.stub(source).Verify(kv_pb2.VerifyRequest(keys=keys), timeout=VERIFY_TIMEOUT_S)
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            heed_cancellation()
+            log.info("%s did not look at its blocks (%s)", source.worker_id, type(error).__name__)
 
     async def _drop(self, source: KvSource, holder: AttemptKey) -> None:
         request = kv_pb2.DropRequest(holder=key_to_pb(holder), epoch=source.epoch)

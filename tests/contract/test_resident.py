@@ -201,6 +201,8 @@ async def test_a_wrong_digest_is_counted_and_its_blocks_are_recomputed(tmp_path)
         assert here.stats.failures == {"digest_mismatch": 1}
         assert here.fetcher.stats.digest_failures == 2, "over shm and over its replacement"
         assert here.inventory.counts().cached == 0, "nothing of it is findable"
+        await until(lambda: bad.node.counts.digest_failures == 6)
+        await until(lambda: bad.node.sweep() or not bad.node.entries())  # where they were they are dropped, too
         async with peer("prefill-2", there, tmp_path) as good:
             await good.put(KEYS[:6])
             assert await here.ensure(KEYS[:6]) == 6
