@@ -16,6 +16,7 @@ from kvtransfer.resident import Resident
 
 log = logging.getLogger(__name__)
 
+INLINE_BLOCKS_MAX = 1024  # keys of longer prompts take milliseconds: not on the event loop
 FETCHING_MAX = 256  # prompts that wait for blocks; beyond it they are computed instead
 
 
@@ -50,11 +51,16 @@ class Arrivals:
 
         `submit` gives the item to the engine and may raise TandemError: to the caller when at once, else to `failed`.
         """
-        keys = self._worth_fetching(item)
-        if not keys or self._resident is None:
+        resident = self._resident
+        blocks = (len(item.token_ids) - 1) // self._block_size  # one token at least is computed, for its logits
+        if resident is None or not resident.may_pay(blocks) or len(self._fetching) >= FETCHING_MAX:
             submit(item)
             return
-        task = asyncio.create_task(self._fetch(self._resident, item, keys, submit, failed), name=f"kv-fetch {item.key}")
+        keys = self._keys(item, blocks) if blocks <= INLINE_BLOCKS_MAX else None
+        if keys is not None and not resident.worth_asking(keys):
+            submit(item)
+            return
+        task = asyncio.create_task(self._fetch(resident, item, blocks, keys, submit, failed), name=f"kv-fetch {item.key}")
         self._fetching[item.key] = task
         task.add_done_callback(lambda done: self._forget(item.key, done))
 
@@ -71,29 +77,26 @@ class Arrivals:
         if tasks:
             await asyncio.wait(tasks)
 
-    def _worth_fetching(self, item: WorkItem) -> Sequence[BlockKey]:
-        """Keys of the blocks that the engine could take from its cache, when looking elsewhere for them pays."""
-        blocks = (len(item.token_ids) - 1) // self._block_size  # one token at least is computed, for its logits
-        resident = self._resident
-        if resident is None or not resident.may_pay(blocks) or len(self._fetching) >= FETCHING_MAX:
-            return ()
-        keys = block_keys(self._root_key(item.cache_salt), item.token_ids[: blocks * self._block_size], self._block_size)
-        return keys if resident.worth_asking(keys) else ()
+    def _keys(self, item: WorkItem, blocks: int) -> list[BlockKey]:
+        return block_keys(self._root_key(item.cache_salt), item.token_ids[: blocks * self._block_size], self._block_size)
 
     async def _fetch(
         self,
         resident: Resident,
         item: WorkItem,
-        keys: Sequence[BlockKey],
+        blocks: int,
+        keys: Sequence[BlockKey] | None,
         submit: Callable[[WorkItem], None],
         failed: Callable[[AttemptKey, TandemError], None],
     ) -> None:
         started = self._clock.now()
         timeout_s = min(self._timeout_s, item.remaining_s / 2) if item.remaining_s else self._timeout_s
-        blocks: list[int] = []
+        held: list[int] = []
         try:
             try:
-                blocks = await resident.ensure(keys, item.cache_salt, timeout_s)
+                if keys is None:
+                    keys = await asyncio.to_thread(self._keys, item, blocks)
+                held = await resident.ensure(keys, item.cache_salt, timeout_s)
             except Exception:  # our own mistake must not cost the request
                 log.exception("looking for blocks of %s failed", item.key)
             self._fetching.pop(item.key, None)
@@ -102,7 +105,7 @@ class Arrivals:
         except TandemError as error:
             failed(item.key, error)
         finally:
-            self._inventory.release(blocks)  # cached now, and used last of all: the engine finds them in its next step
+            self._inventory.release(held)  # cached now, and used last of all: the engine finds them in its next step
 
     def _forget(self, key: AttemptKey, task: asyncio.Task[None]) -> None:
         if self._fetching.get(key) is task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -106,6 +107,26 @@ async def test_the_blocks_that_the_engine_can_use_are_fetched_first(rig, tokens,
     assert rig.entered == [item(tokens)]
     assert rig.resident.asked == [(blocks, b"salt", 1.0)]
     assert rig.held_at_submit == 2, "held until the engine has the prompt"
+
+
+async def test_keys_of_a_very_long_prompt_are_computed_off_the_loop(rig, monkeypatch):
+    monkeypatch.setattr(arrivals_module, "INLINE_BLOCKS_MAX", 2)
+    threads = []
+
+    def root(salt):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return root_key(b"", salt)
+
+    rig.arrivals = Arrivals(rig.resident, rig.inventory, root, SIZE, 1.0, rig.clock)
+    rig.resident.gate.set()
+    rig.admit(item(33))
+    rig.admit(item(49, request="long"))
+    assert threads == [True], "of the short one, to see whether it pays"
+    async with asyncio.timeout(5):
+        while len(rig.entered) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    await rig.settle()
+    assert threads == [True, False]
 
 
 async def test_too_short_a_prompt_is_never_looked_for(rig):
