@@ -20,7 +20,7 @@ import grpc
 from core.blocks import BlockRecord, KvSource
 from core.errors import DigestMismatchError, TransferError
 from core.request import AttemptKey
-from core.wire import key_to_pb, record_to_pb
+from core.wire import key_to_pb
 from kvtransfer.channels import Channels
 from kvtransfer.codec import RAW
 from kvtransfer.collective_helper import Helper
@@ -28,7 +28,7 @@ from kvtransfer.collective_orders import Join, Receive, Span
 from kvtransfer.collective_pieces import cut
 from kvtransfer.collective_service import COLLECT_BLOCKS_MAX
 from kvtransfer.copier import settled
-from kvtransfer.rpc import is_refusal, transfer_error
+from kvtransfer.rpc import transfer_error
 from kvtransfer.shared_arena import SharedArena
 from kvtransfer.transport import BlocksGoneError, PullResult, check_places, check_request
 from tandem.cancelling import heed_cancellation
@@ -37,7 +37,7 @@ from tandem.v1 import kv_pb2
 GROUPS_PER_SOURCE = 4  # a pull that finds none free waits
 SOURCES_MAX = 256  # incarnations with groups; the one unused longest goes for a new one
 MEET_S = 10.0
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # what `read` gives at the end of a stream
+WORDS_S = 1.0  # for the source to say why a group broke
 
 
 class CollectiveTransport:
@@ -104,7 +104,7 @@ class CollectiveTransport:
         async with peer.slots:
             for first in range(0, max(1, len(records)), COLLECT_BLOCKS_MAX):
                 part = slice(first, first + COLLECT_BLOCKS_MAX)
-                ask = _Ask(source, key, records[part], dest_blocks[part])
+                ask = _Ask(source, key, records[part], dest_blocks[part], int(self._dest.shape[1]))
                 while not await self._collect(group := await self._group(peer, source), ask):
                     if not group.used:
                         raise TransferError(f"{source.worker_id} has lost a group at once that it had made")
@@ -123,48 +123,49 @@ class CollectiveTransport:
     async def _collect(self, group: _Group, ask: _Ask) -> bool:
         """False when the source does not know the group any more. A group that is not in step afterwards is dropped."""
         group.seq += 1
+        # Asked and waited for at the same time: the first byte does not wait for a yes.
         call = self._channels.collective(ask.source).Collect(self._request(group, ask), timeout=self._timeout_s)
+        receiving = asyncio.ensure_future(self._helper.move(self._order(group, ask)))
         in_step = False
         try:
-            try:
-                begun = await call.read()
-            except grpc.aio.AioRpcError as error:
-                in_step = is_refusal(error)
-                raise
-            if begun == _EOF or not begun.known:
-                return False
-            corrupted, gone = await self._both(group, ask, call)
-            in_step = True
+            told, received = await self._both(call, receiving, ask)
+            in_step = told.known
         finally:
             call.cancel()  # nothing once it has ended
+            receiving.cancel()
+            await settled(receiving)
             if in_step and not group.peer.retired:
                 group.used = True
                 group.peer.idle.append(group)
             else:
                 await settled(asyncio.ensure_future(self._helper.drop(group.name)))
-        if gone:
-            raise BlocksGoneError(gone)
-        if corrupted is not None:
-            raise DigestMismatchError(corrupted)
+        if not told.known:
+            return False
+        if told.gone:  # said first: bytes of a later owner are not corrupted, they are another's
+            raise ask.gone(told.gone)
+        if received["corrupted"] is not None:
+            raise DigestMismatchError(received["corrupted"])
         return True
 
-    async def _both(self, group: _Group, ask: _Ask, call: Any) -> tuple[str | None, Sequence[int]]:
-        """What arrived, and what the source says afterwards: bytes of a later owner are not corrupted, they are another's."""
-        receiving = asyncio.ensure_future(self._helper.move(self._order(group, ask)))
-        telling = asyncio.ensure_future(call.read())
+    async def _both(self, call: Any, receiving: asyncio.Future[Any], ask: _Ask) -> tuple[kv_pb2.CollectReply, Any]:
+        """What the source says and what arrived. Its words count first: they say why nothing came."""
+        telling = asyncio.ensure_future(_answer(call))
         try:
             await asyncio.wait((receiving, telling), return_when=asyncio.FIRST_EXCEPTION)
-            if receiving.done() and receiving.exception() is not None and not telling.done():
+            if not telling.done():
+                await asyncio.wait([telling], timeout=WORDS_S)
+            if not telling.done():
                 raise TransferError(f"{ask.source.worker_id}: {receiving.exception()}")
-            told = telling.result()  # the source's own words first: they say why nothing came
-            received = receiving.result()
+            told = telling.result()
+            return told, await receiving if told.known else None
+        except grpc.aio.AioRpcError as error:
+            refusal = transfer_error(error, ask.source.worker_id)
+            if isinstance(refusal, BlocksGoneError):  # which names places in the request
+                raise ask.gone(refusal.indices) from None
+            raise
         finally:
-            receiving.cancel()
             telling.cancel()
-            await settled(receiving, telling)
-        if told == _EOF:
-            raise TransferError(f"{ask.source.worker_id} ended the call before it had said how it went")
-        return received["corrupted"], list(told.gone)
+            await settled(telling)
 
     def _request(self, group: _Group, ask: _Ask) -> kv_pb2.CollectRequest:
         return kv_pb2.CollectRequest(
@@ -173,18 +174,16 @@ class CollectiveTransport:
             key=key_to_pb(ask.key),
             epoch=ask.source.epoch,
             block_bytes=int(self._dest.shape[1]),
-            blocks=[record_to_pb(record) for record in ask.records],
-            piece_blocks=self._pieces(ask),
+            block_ids=ask.block_ids,
+            generations=[record.generation for record in ask.records],
+            piece_blocks=ask.pieces,
         )
 
     def _order(self, group: _Group, ask: _Ask) -> Receive:
-        span = Span(self._arena.path, self._arena.epoch, list(ask.dest_blocks), self._pieces(ask))
+        span = Span(self._arena.path, self._arena.epoch, list(ask.dest_blocks), ask.pieces)
         digests = [record.digest for record in ask.records] if self._digest else []
         # The pull's own timeout comes first; this one is for when nobody is there any more to see to it.
         return Receive(group.name, group.seq, span, [record.index for record in ask.records], digests, self._timeout_s + 1.0)
-
-    def _pieces(self, ask: _Ask) -> list[int]:
-        return cut([record.block_id for record in ask.records], ask.dest_blocks, int(self._dest.shape[1]))
 
     def _peer(self, source: KvSource) -> _Peer:
         place = (source.grpc_address, source.epoch)
@@ -203,14 +202,31 @@ class CollectiveTransport:
         peer.idle.clear()
 
 
+async def _answer(call: Any) -> kv_pb2.CollectReply:
+    reply: kv_pb2.CollectReply = await call
+    return reply
+
+
 class _Ask:
     """One request to one source: at most COLLECT_BLOCKS_MAX blocks."""
 
-    def __init__(self, source: KvSource, key: AttemptKey, records: Sequence[BlockRecord], dest_blocks: Sequence[int]) -> None:
+    def __init__(
+        self,
+        source: KvSource,
+        key: AttemptKey,
+        records: Sequence[BlockRecord],
+        dest_blocks: Sequence[int],
+        block_bytes: int,
+    ) -> None:
         self.source = source
         self.key = key
         self.records = records
         self.dest_blocks = dest_blocks
+        self.block_ids = [record.block_id for record in records]
+        self.pieces = cut(self.block_ids, dest_blocks, block_bytes)
+
+    def gone(self, places: Sequence[int]) -> BlocksGoneError:
+        return BlocksGoneError([self.records[place].index for place in places if place < len(self.records)])
 
 
 class _Group:

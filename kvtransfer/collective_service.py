@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 import numpy as np
 
-from core.blocks import BlockRecord
 from core.errors import InvalidRequestError, LayoutMismatchError, StaleEpochError, TransferError
-from core.wire import key_from_pb, record_from_pb
+from core.wire import key_from_pb
 from kvtransfer.collective_helper import Helper
 from kvtransfer.collective_orders import Meet, Send, Span
 from kvtransfer.collective_pieces import check_pieces
@@ -55,53 +53,43 @@ class CollectiveServicer(kv_pb2_grpc.KvCollectiveServicer):
         host = self._helper.host
         return kv_pb2.MeetReply(store=f"[{host}]:{made['port']}" if ":" in host else f"{host}:{made['port']}")
 
-    async def Collect(self, request: kv_pb2.CollectRequest, context: _Context) -> AsyncIterator[kv_pb2.CollectReply]:
+    async def Collect(self, request: kv_pb2.CollectRequest, context: _Context) -> kv_pb2.CollectReply:
+        """A puller that gives up, or is gone, cancels us: like after every failure the group is out of step then."""
         try:
-            records = self._readable(request)
-            order = self._order(request, records, _remaining_s(context))
+            self._check(request)
             if not self._helper.knows(request.group):
-                yield kv_pb2.CollectReply(known=False)
-                return
-            yield kv_pb2.CollectReply(known=True)
-            gone = await self._sent(order)
-            yield kv_pb2.CollectReply(known=True, gone=[records[place].index for place in gone])
-        except TandemError as error:
+                return kv_pb2.CollectReply(known=False)
+            sent = await self._helper.move(self._order(request, _remaining_s(context)))
+        except BaseException as error:
+            await settled(asyncio.ensure_future(self._helper.drop(request.group)))
+            if not isinstance(error, TandemError):
+                raise
             await abort(context, error)
+        return kv_pb2.CollectReply(known=True, gone=sent["gone"])
 
-    async def _sent(self, order: Send) -> Sequence[int]:
-        """A puller that gives up, or is gone, cancels us: the group is out of step then."""
-        try:
-            gone: Sequence[int] = (await self._helper.move(order))["gone"]
-        except BaseException:
-            await settled(asyncio.ensure_future(self._helper.drop(order.group)))
-            raise
-        return gone
-
-    def _readable(self, request: kv_pb2.CollectRequest) -> list[BlockRecord]:
+    def _check(self, request: kv_pb2.CollectRequest) -> None:
         """Raises what the puller is to hear before anything is sent."""
-        arena, size = self._exports.arena, self._exports.arena.block_bytes
+        arena, size, count = self._exports.arena, self._exports.arena.block_bytes, len(request.block_ids)
         if request.block_bytes != size:
             raise LayoutMismatchError(f"block_bytes differs: {size} here, {request.block_bytes} there")
-        if len(request.blocks) > COLLECT_BLOCKS_MAX:
-            raise InvalidRequestError(f"{len(request.blocks)} blocks in one Collect; ask for at most {COLLECT_BLOCKS_MAX}")
-        if (wrong := check_pieces(request.piece_blocks, len(request.blocks), size)) is not None:
+        if count > COLLECT_BLOCKS_MAX:
+            raise InvalidRequestError(f"{count} blocks in one Collect; ask for at most {COLLECT_BLOCKS_MAX}")
+        if len(request.generations) != count:
+            raise InvalidRequestError(f"{count} blocks with {len(request.generations)} generations")
+        if (wrong := check_pieces(request.piece_blocks, count, size)) is not None:
             raise InvalidRequestError(wrong)
-        records = [record_from_pb(message) for message in request.blocks]
-        places = [(record.block_id, record.generation) for record in records]
+        places = list(zip(request.block_ids, request.generations, strict=True))
         self._exports.check_readable(key_from_pb(request.key), request.epoch, places)
-        ids = np.fromiter((record.block_id for record in records), np.intp, len(records))
-        announced = np.fromiter((record.generation for record in records), np.uint64, len(records))
-        changed = np.flatnonzero(arena.generations[ids] != announced)
+        ids = np.fromiter(request.block_ids, np.intp, count)
+        changed = np.flatnonzero(arena.generations[ids] != np.fromiter(request.generations, np.uint64, count))
         if changed.size:
-            raise BlocksGoneError([records[int(place)].index for place in changed])
-        return records
+            raise BlocksGoneError(changed.tolist())
 
-    def _order(self, request: kv_pb2.CollectRequest, records: Sequence[BlockRecord], timeout_s: float) -> Send:
+    def _order(self, request: kv_pb2.CollectRequest, timeout_s: float) -> Send:
         arena = self._exports.arena
         assert isinstance(arena, SharedArena), "another process could not read it"
-        blocks = [record.block_id for record in records]
-        span = Span(arena.path, arena.epoch, blocks, list(request.piece_blocks))
-        return Send(request.group, request.seq, span, [record.generation for record in records], timeout_s)
+        span = Span(arena.path, arena.epoch, list(request.block_ids), list(request.piece_blocks))
+        return Send(request.group, request.seq, span, list(request.generations), timeout_s)
 
 
 def _remaining_s(context: _Context) -> float:

@@ -310,22 +310,24 @@ class MeetReply(_message.Message):
     def __init__(self, store: _Optional[str] = ...) -> None: ...
 
 class CollectRequest(_message.Message):
-    __slots__ = ("group", "seq", "key", "epoch", "block_bytes", "blocks", "piece_blocks")
+    __slots__ = ("group", "seq", "key", "epoch", "block_bytes", "block_ids", "generations", "piece_blocks")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
-    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     PIECE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     group: str
     seq: int
     key: _common_pb2.AttemptKey
     epoch: int
     block_bytes: int
-    blocks: _containers.RepeatedCompositeFieldContainer[BlockRecord]
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    generations: _containers.RepeatedScalarFieldContainer[int]
     piece_blocks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, group: _Optional[str] = ..., seq: _Optional[int] = ..., key: _Optional[_Union[_common_pb2.AttemptKey, _Mapping]] = ..., epoch: _Optional[int] = ..., block_bytes: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockRecord, _Mapping]]] = ..., piece_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, group: _Optional[str] = ..., seq: _Optional[int] = ..., key: _Optional[_Union[_common_pb2.AttemptKey, _Mapping]] = ..., epoch: _Optional[int] = ..., block_bytes: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., piece_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CollectReply(_message.Message):
     __slots__ = ("known", "gone")

@@ -462,7 +462,7 @@ class KvCollectiveStub:
                 request_serializer=tandem_dot_v1_dot_kv__pb2.MeetRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_kv__pb2.MeetReply.FromString,
                 _registered_method=True)
-        self.Collect = channel.unary_stream(
+        self.Collect = channel.unary_unary(
                 '/tandem.v1.KvCollective/Collect',
                 request_serializer=tandem_dot_v1_dot_kv__pb2.CollectRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_kv__pb2.CollectReply.FromString,
@@ -481,7 +481,7 @@ class KvCollectiveServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Collect(self, request, context):
-        """Sends blocks into a group. The first reply says whether the source begins, the second comes after the last byte.
+        """Sends blocks into a group; answered after the last byte. A group whose request was refused is not used again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -495,7 +495,7 @@ def add_KvCollectiveServicer_to_server(servicer, server):
                     request_deserializer=tandem_dot_v1_dot_kv__pb2.MeetRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_kv__pb2.MeetReply.SerializeToString,
             ),
-            'Collect': grpc.unary_stream_rpc_method_handler(
+            'Collect': grpc.unary_unary_rpc_method_handler(
                     servicer.Collect,
                     request_deserializer=tandem_dot_v1_dot_kv__pb2.CollectRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_kv__pb2.CollectReply.SerializeToString,
@@ -550,7 +550,7 @@ class KvCollective:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
+        return grpc.experimental.unary_unary(
             request,
             target,
             '/tandem.v1.KvCollective/Collect',

@@ -21,7 +21,7 @@ from core.errors import LeaseExpiredError, TransferError
 from core.inventory import Inventory
 from core.request import AttemptKey
 from core.service import Registration, serve
-from core.wire import key_to_pb, record_to_pb
+from core.wire import key_to_pb
 from kvtransfer import collective_helper
 from kvtransfer.channels import Channels
 from kvtransfer.collective import CollectiveTransport
@@ -56,9 +56,9 @@ async def helpers(directory):
 class Longer(CollectiveServicer):
     """Sends one block more per piece than was agreed."""
 
-    def _order(self, request, records, timeout_s):
-        order = super()._order(request, records, timeout_s)
-        blocks = [block for record in records for block in (record.block_id, record.block_id)]
+    def _order(self, request, timeout_s):
+        order = super()._order(request, timeout_s)
+        blocks = [block for block in request.block_ids for _ in range(2)]
         span = Span(order.span.arena, order.span.epoch, blocks, [2 * piece for piece in order.span.pieces])
         return type(order)(order.group, order.seq, span, [0] * len(blocks), timeout_s)
 
@@ -279,11 +279,12 @@ async def test_requests_out_of_bounds(helpers, directory, pieces, count, words):
             key=key_to_pb(KEY),
             epoch=EPOCH,
             block_bytes=BLOCK_BYTES,
-            blocks=[record_to_pb(record)] * count,
+            block_ids=[record.block_id] * count,
+            generations=[record.generation] * count,
             piece_blocks=pieces,
         )
         with pytest.raises(grpc.aio.AioRpcError, match=words):
-            await pair.stub.Collect(request, timeout=5.0).read()
+            await pair.stub.Collect(request, timeout=5.0)
 
 
 async def test_calls_without_a_deadline_or_of_another_backend(helpers, directory):
