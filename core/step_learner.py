@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 
-from core.cost_model import Fit, StepShape, fit_steps
+from core.cost_fit import fit_steps
+from core.cost_model import Fit, StepShape
 
 KINDS_MAX = 128
 PER_KIND = 8

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.cost_model import CostModel, Drift, LinkCost, StepCost, StepShape, fit_steps, pairs
+from core.cost_fit import fit_steps
+from core.cost_model import CostModel, Drift, LinkCost, StepCost, StepShape, pairs
 from core.errors import ConfigError
 
 COST = StepCost(base_s=0.004, prefill_token_s=2e-4, prefill_pair_s=3e-8, decode_row_s=5e-4, decode_context_s=1e-6)
