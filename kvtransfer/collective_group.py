@@ -30,7 +30,7 @@ dist: Any = torch.distributed  # which has more than its stubs name
 SEQS = 2**20
 _ABORT_TAG = SEQS  # no request has it
 _ABORT_S = 0.001
-AHEAD = 16  # pieces on their way at a time
+AHEAD = 4  # pieces on their way at a time
 
 
 class GroupError(Exception):

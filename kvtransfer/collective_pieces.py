@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from kvtransfer.spans import coalesce
 
-PIECE_BYTES_MAX = 4 * 2**20
-"""Of a piece of several blocks. Large enough that a message costs nothing beside its bytes, small enough that digests of one
-are computed while the next are on their way."""
+PIECE_BYTES_MAX = 16 * 2**20
+"""Of neighbours. Each message wakes threads at both ends, which on a busy machine costs more than it gains; digests of one
+piece are computed while the next are on their way."""
+GATHERED_BYTES_MAX = 4 * 2**20
+"""Of a piece that goes through a buffer, so that the buffer stays in the processor's cache."""
 RUN_BYTES_MIN = 256 * 1024
 """A run of neighbours at both ends from this size on is a piece of its own, read and written in place. Shorter ones are
 gathered and scattered together: a copy costs less than a message."""
@@ -16,12 +18,12 @@ gathered and scattered together: a copy costs less than a message."""
 
 def cut(source_blocks: Sequence[int], dest_blocks: Sequence[int], block_bytes: int) -> list[int]:
     """Blocks per piece, in order; they add up to all of them. A piece is at most PIECE_BYTES_MAX, or one block."""
-    most = max(1, PIECE_BYTES_MAX // block_bytes)
+    most, gathered = max(1, PIECE_BYTES_MAX // block_bytes), max(1, GATHERED_BYTES_MAX // block_bytes)
     pieces: list[int] = []
     loose = 0
     for span in coalesce(source_blocks, dest_blocks, most):
         alone = span.num_blocks * block_bytes >= RUN_BYTES_MIN
-        if loose and (alone or loose + span.num_blocks > most):
+        if loose and (alone or loose + span.num_blocks > gathered):
             pieces.append(loose)
             loose = 0
         if alone:

@@ -32,7 +32,8 @@ def directory(tmp_path):
     [
         ([], [], MIB, []),
         ([7], [3], MIB, [1]),
-        (range(8), range(8, 16), MIB, [4, 4]),  # in place, at most 4 MiB
+        (range(20), range(20, 40), MIB, [16, 4]),  # in place, at most 16 MiB
+        (range(100), range(99, -1, -1), MIB // 8, [32, 32, 32, 4]),  # through a buffer, at most 4 MiB
         (range(8), range(15, 7, -1), RUN_BYTES_MIN, [1] * 8),  # a block alone is long enough
         (range(8), range(15, 7, -1), RUN_BYTES_MIN // 2, [8]),  # gathered
         ([0, 9, 1, 2, 3, 4, 20], [0, 9, 11, 12, 13, 14, 3], RUN_BYTES_MIN // 4, [2, 4, 1]),
