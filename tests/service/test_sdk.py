@@ -236,15 +236,19 @@ def test_an_interrupt_while_waiting_cancels_the_request(address: str, servicer: 
     """Ctrl-C raises in the main thread, inside the wait for the next token."""
     import signal
 
-    with Client(address) as client:
-        stream = client.stream("forever")
-        next(stream)
-        timer = threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs behind
+    try:
+        with Client(address) as client:
+            stream = client.stream("forever")
             next(stream)
-        timer.join(WAIT_S)
-        assert servicer.cancelled.wait(WAIT_S)
+            timer = threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+            timer.join(WAIT_S)
+            assert servicer.cancelled.wait(WAIT_S)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_a_stream_may_be_cancelled_from_another_thread(address: str, servicer: ScriptedInference) -> None:
