@@ -63,6 +63,11 @@ class Vllm:
             what = f"did not answer within {VLLM_TIMEOUT_S:g} s" if code is None else f"ended with status {code}"
             raise RuntimeError(f"vllm {what}; {self.last_words()}")
 
+    def stand_still(self, still: bool) -> None:
+        """Halts all its processes between its turns, or lets them go on: threads of NIXL spin whether or not there is work."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGSTOP if still else signal.SIGCONT)
+
     def last_words(self) -> str:
         """Of its log: the last line that names an error, or the last line."""
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
@@ -93,7 +98,11 @@ def vllm(model: Path, dtype: str, *flags: str, cores: str = "auto", env: dict[st
     with TemporaryDirectory() as folder, (Path(folder) / "log").open("wb") as log:
         quiet = {"stdout": log, "stderr": subprocess.STDOUT}
         with _process(command, env={**os.environ, **settings}, cwd=folder, **quiet) as process:
-            yield Vllm(f"http://127.0.0.1:{port}", process, Path(folder) / "log")
+            server = Vllm(f"http://127.0.0.1:{port}", process, Path(folder) / "log")
+            try:
+                yield server
+            finally:
+                server.stand_still(False)
 
 
 def free_port() -> int:

@@ -1,9 +1,9 @@
 """The same requests through Tandem and through vLLM on CPU, split and combined: one part of `benchmarks.spine`.
 
-All four stand at once and take turns, so that whatever else the machine does falls on all of them; idle, neither uses a core.
-Everybody has the whole machine while it is asked: split with one core per worker, ours combined with as many threads as vLLM's
-combined server gives itself cores. Where the processor has no bf16 products all compute in fp32: vLLM's bf16 falls back to
-a loop there, ten times slower.
+All four stand at once and take turns, so that whatever else the machine does falls on all of them. vLLM's processes are halted
+while it is not their turn, because NIXL's threads spin; ours use no core while idle. So everybody has the whole machine while
+it is asked: split with one core per worker, combined with two threads of ours, and as vLLM binds itself. Where the processor
+has no bf16 products all compute in fp32: vLLM's bf16 falls back to a loop there, ten times slower.
 """
 
 from __future__ import annotations
@@ -44,10 +44,18 @@ class System:
     outcomes: dict[int, list[Outcome]] = field(default_factory=lambda: {count: [] for count in CONCURRENCY})
 
     async def turn(self, load: Load, keep: bool = True) -> None:
-        async with asyncio.timeout(TURN_TIMEOUT_S):
-            outcome = await run(self.url, load, "m", self.prepare)
+        self.stand_still(False)
+        try:
+            async with asyncio.timeout(TURN_TIMEOUT_S):
+                outcome = await run(self.url, load, "m", self.prepare)
+        finally:
+            self.stand_still(True)
         if keep:
             self.outcomes[load.concurrency].append(outcome)
+
+    def stand_still(self, still: bool) -> None:
+        for server in self.servers:
+            server.stand_still(still)
 
     def outcome(self, concurrency: int) -> Outcome | None:
         return None if self.gone else together(self.outcomes[concurrency])
@@ -103,6 +111,8 @@ async def measure(quick: bool) -> tuple[dict[bool, System], dict[bool, System]]:
         mine = {split: ours(stack, split) for split in (False, True)}
         for system in peer.values():
             _wait(system)
+        for system in peer.values():
+            system.stand_still(True)
         everybody = [*mine.values(), *peer.values()]
         await _everybody(everybody, Load(8, 8, PROMPT_TOKENS, 8, seed=99), keep=False)  # warm up
         for turn in range(2 if quick else 5):
