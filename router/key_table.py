@@ -69,16 +69,13 @@ class KeyTable:
             if self._live > self._keys_max:
                 self._drop_oldest()
 
-    def replace_values(self, changed: Values, first: int, count: int) -> int:
-        """Values v of `count` places from `first` on become `changed[v]`; NOTHING removes. Returns the number of places."""
-        part = slice(first, first + count)
-        values, keys = self._values[part], self._keys[part]
-        live = keys > _DELETED
-        values[live] = changed[values[live]]
-        gone = live & (values == NOTHING)
-        keys[gone] = _DELETED
+    def replace_values(self, changed: Values) -> None:
+        """Every value v becomes `changed[v]`; NOTHING removes."""
+        live = self._keys > _DELETED
+        self._values[live] = changed[self._values[live]]
+        gone = live & (self._values == NOTHING)
+        self._keys[gone] = _DELETED
         self._live -= int(gone.sum())
-        return self._keys.size
 
     def values_in_use(self, count: int) -> npt.NDArray[np.bool_]:
         """For each value below `count`, whether a key has it."""

@@ -70,7 +70,6 @@ class Placer:
     def lost(self, worker: str) -> None:
         """Its session is over: it may have forgotten everything."""
         self.index.forget(worker)
-        self.index.sweep()
 
     def _see(self, view: ClusterView, connected: frozenset[str]) -> Situation:
         return Situation(view, connected, self.claims, self.index, self._stale_after_s)

@@ -37,11 +37,7 @@ class PrefixIndex:
         self._slot: dict[str, int] = {}
         self._name: dict[int, str] = {}
         self._alive = 0
-        self._retired: list[int] = []  # slots of nodes that left; their bits are still in the sets
         self._free: list[int] = []
-        self._sweeping: tuple[int, ...] = ()
-        self._swept = 0
-        self._changed: np.ndarray[tuple[int], np.dtype[np.uint32]] | None = None
 
     def __len__(self) -> int:
         return len(self._table)
@@ -61,13 +57,14 @@ class PrefixIndex:
             self._update(keys, lambda held: held & ~(1 << slot))
 
     def forget(self, node: str) -> None:
-        """Everything the node held, at once for lookups; the memory comes back with `sweep`."""
+        """Everything the node held. Costs time in proportion to the table: nodes rarely go."""
         slot = self._slot.pop(node, None)
         if slot is None:
             return
         del self._name[slot]
         self._alive &= ~(1 << slot)
-        self._retired.append(slot)
+        self._free.append(slot)
+        self._rename([self._number_of(held & ~(1 << slot)) for held in list(self._sets)])
 
     def resync(self, node: str, keys: Sequence[BlockKey]) -> None:
         """The node's whole truth takes the place of what was known of it."""
@@ -91,22 +88,6 @@ class PrefixIndex:
                 break
         self._note(mask, len(keys), blocks)
         return Match(blocks, max(blocks.values(), default=0))
-
-    def sweep(self, places: int = 65_536) -> bool:
-        """Clears what nodes that left still occupy, `places` of the table per call. True while there is more to do."""
-        if not self._retired:
-            return False
-        if self._changed is None or len(self._changed) != len(self._sets):  # new sets came meanwhile: they are clean or retold
-            self._begin_sweep()
-        assert self._changed is not None
-        size = self._table.replace_values(self._changed, self._swept, places)
-        self._swept += places
-        if self._swept < size:
-            return True
-        self._retired = [slot for slot in self._retired if slot not in self._sweeping]
-        self._free += self._sweeping
-        self._changed, self._sweeping = None, ()
-        return bool(self._retired)
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -135,21 +116,18 @@ class PrefixIndex:
         changed[kept] = np.arange(len(kept), dtype=np.uint32)
         self._sets = [self._sets[number] for number in kept]
         self._number = {held: number for number, held in enumerate(self._sets)}
-        size = self._table.replace_values(changed, 0, 0)
-        self._table.replace_values(changed, 0, size)
-        self._changed, self._swept = None, 0
+        self._table.replace_values(changed)
 
-    def _begin_sweep(self) -> None:
-        self._sweeping, self._swept = tuple(self._retired), 0
-        gone = ~sum(1 << slot for slot in self._sweeping)
-        cleaned = [self._number_of(held & gone) for held in list(self._sets)]
-        cleaned += range(len(cleaned), len(self._sets))  # made just now, clean
-        self._changed = np.array(cleaned, dtype=np.uint32)
+    def _rename(self, numbers: Sequence[int]) -> None:
+        """Set number n is called `numbers[n]` from now on."""
+        changed = np.arange(len(self._sets), dtype=np.uint32)  # sets made just now keep theirs
+        changed[: len(numbers)] = numbers
+        self._table.replace_values(changed)
 
     def _slot_of(self, node: str) -> int:
         slot = self._slot.get(node)
         if slot is None:
-            slot = self._free.pop() if self._free else len(self._slot) + len(self._retired)
+            slot = self._free.pop() if self._free else len(self._slot)
             self._slot[node] = slot
             self._name[slot] = node
             self._alive |= 1 << slot

@@ -41,12 +41,10 @@ def test_the_oldest_make_room():
     assert len(table) >= 60
 
 
-def test_values_are_renamed_in_parts():
+def test_values_are_renamed_all_at_once():
     table = KeyTable(1000)
     table.put(np.arange(2, 102, dtype=np.uint64), np.tile(np.array([1, 2], dtype=np.uint32), 50))
     assert table.values_in_use(4).tolist() == [False, True, True, False]
-    changed, first = np.array([0, 3, NOTHING], dtype=np.uint32), 0
-    while first < table.replace_values(changed, first, 100):
-        first += 100
+    table.replace_values(np.array([0, 3, NOTHING], dtype=np.uint32))
     assert len(table) == 50
     assert set(table.get(np.arange(2, 102, dtype=np.uint64)).tolist()) == {3, NOTHING}
