@@ -162,14 +162,19 @@ class StoreNode:
         return Verified(checked, dropped)
 
     async def evict(self, keys: Sequence[BlockKey] | None) -> int:
-        """Drops blocks from every tier, all of them for None; those held or pinned stay in memory. Each tier's blocks count."""
+        """Drops blocks from every tier, all of them for None; those held or pinned stay in all. Each tier's blocks count.
+
+        A block that stays in memory without its copy on disk would be lost with the process: nobody writes it a second time.
+        """
         plane = self.plane
         if plane is None:
             return 0
         gone = await plane.node.evict(keys)
         if (tier := plane.disk.tier) is not None:
+            stays = {entry.key for entry in plane.inventory.entries()}
             for key in dict.fromkeys(tier.keys() if keys is None else keys):
-                gone += await tier.evict(key)
+                if key not in stays:
+                    gone += await tier.evict(key)
         self.changed.set()
         return gone
 

@@ -49,6 +49,19 @@ async def test_a_restarted_store_serves_whole_blocks_from_its_disk(tmp_path):
             assert await store.client.read(keys) == {key: bytes_of(key).tobytes() for key in keys}
 
 
+async def test_what_is_held_stays_on_disk_too_when_all_is_evicted(tmp_path):
+    spec, [key] = store_spec(tmp_path, tmp_path / "disk"), keys_of("a", 1)
+    async with worker_end(tmp_path) as worker:
+        async with store_end(spec) as store:
+            await store.client.offer(worker, [key])
+            await written(store, 1)
+            await store.client.hold([key])
+            assert (await store.client.stub.Evict(kv_pb2.EvictRequest(all=True), timeout=10)).evicted == 0
+            assert (await store.client.offer(worker, [key])).known == 1, "in memory, so nobody writes it a second time"
+        async with store_end(replace(spec, epoch=spec.epoch + 1)) as store:
+            assert store.node.plane.disk.resident() == [key]
+
+
 async def test_a_cluster_that_comes_back_with_another_model_is_served(tmp_path, caplog):
     spec, other = store_spec(tmp_path, tmp_path / "disk"), replace(LAYOUT, fingerprint=b"\x07" * 16)
     async with worker_end(tmp_path) as worker, worker_end(tmp_path, name="prefill-1", layout=other) as stranger:

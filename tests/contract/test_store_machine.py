@@ -132,7 +132,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.runner.run(self.node.evict(keys))
         gone = self.offered if keys is None else set(keys)
         assert not gone & self.resident() - self.active()
-        self.stored -= gone
+        self.stored -= gone - self.resident()  # what is held stays on disk too
         self.rotten &= self.resident()
 
     @rule(number=st.integers(0, 15))
