@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import grpc
 
 from cli import admin
-from cluster.report import ClusterSnapshot, WorkerState
+from cluster.report import ClusterSnapshot
 from core.blocks import KEY_BYTES, BlockKey, BlockRecord
+from core.report import WorkerState
 from core.request import AttemptKey, WorkerRole
 from core.wire import key_to_pb, record_from_pb
 from kvtransfer.codec import NO_DIGEST, digest_of

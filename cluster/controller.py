@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 
 from cluster.host import Ended
 from cluster.launcher import Handle, Launcher
 from cluster.membership import Membership
 from cluster.reconcile import Command, Forget, GiveUp, Launch, Reconciler, RestartPolicy, Stop
-from cluster.report import ClusterSnapshot, WorkerReport, WorkerState
+from cluster.report import ClusterSnapshot
 from core.clock import Clock, SystemClock
-from core.config import Config
+from core.config import ClusterConfig, Config
 from core.errors import ConfigError, NotFoundError
 from core.hostspec import HostSpec
+from core.report import WorkerReport, WorkerState
 from core.request import WorkerRole
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,12 @@ def desired_of(config: Config) -> dict[WorkerRole, int]:
     }
 
 
+def suspect_after_s(cluster: ClusterConfig) -> float:
+    """Three heartbeats missed, when that is well before death; one and a half when heartbeats are rare."""
+    early = min(3 * cluster.heartbeat_s, cluster.dead_after_s / 2)
+    return min(max(early, 1.5 * cluster.heartbeat_s), cluster.dead_after_s)
+
+
 class Controller:
     """Owns membership, reconciler and the handles of what runs. All methods on one asyncio loop.
 
@@ -61,10 +68,12 @@ class Controller:
         cluster = config.cluster
         self.address = ""
         """Where workers report to; set before `run`."""
+        self.gone: Callable[[str, int], None] = lambda worker_id, epoch: None
+        """Hears of every incarnation that ended or was given up. Must return at once."""
         self._config = config
         self._launcher = launcher
         self._clock = clock or SystemClock()
-        self._membership = Membership(min(3 * cluster.heartbeat_s, cluster.dead_after_s), cluster.dead_after_s)
+        self._membership = Membership(suspect_after_s(cluster), cluster.dead_after_s)
         policy = RestartPolicy(start_timeout_s=cluster.start_timeout_s, grace_s=cluster.grace_s)
         self._reconciler = Reconciler(desired, policy)
         self._lives: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -129,6 +138,7 @@ class Controller:
             now = self._clock.now()
             for worker_id, epoch in self._membership.tick(now):
                 log.warning("%s@%d fell silent", worker_id, epoch)
+                self.gone(worker_id, epoch)
                 self._reconciler.silent(worker_id, epoch, now)
             for command in self._reconciler.plan(now):
                 self._carry_out(command)
@@ -140,7 +150,7 @@ class Controller:
     async def _pause(self, now: float) -> None:
         """Until something happens, the reconciler wants to act, or silence has to be judged again."""
         wake_at = self._reconciler.wake_at()
-        longest_s = self._config.cluster.heartbeat_s
+        longest_s = min(self._config.cluster.heartbeat_s, self._config.cluster.dead_after_s / 5)
         pause_s = longest_s if wake_at is None else min(longest_s, max(0.001, wake_at - now))
         try:
             async with asyncio.timeout(pause_s):
@@ -187,6 +197,7 @@ class Controller:
             self._drains.pop(name, None)
         log.info("%s@%d is gone: %s", *name, ended.reason)
         self._membership.mark_dead(*name, ended.reason)
+        self.gone(*name)
         self._reconciler.ended(*name, ended.reason, ended.permanent, self._clock.now())
         self._announce()
         self._wake.set()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.controller import Controller, desired_of
+from cluster.departures import Departures
 from cluster.directory_service import directory_registration
 from cluster.launcher import Launcher, LocalLauncher, check_address, to_stderr
 from cluster.report import ClusterSnapshot
@@ -22,7 +23,8 @@ from core.errors import ConfigError
 from core.request import WorkerRole
 from core.service import serve
 from engine.spec import parse_spec
-from kvtransfer.local_directory import LocalDirectory
+from kvtransfer.directory import open_directory
+from kvtransfer.local_directory import ClockedDirectory, LocalDirectory
 from kvtransfer.shared_arena import remove_stale
 
 log = logging.getLogger(__name__)
@@ -96,8 +98,15 @@ async def _up(
     async with _launcher(config, on_line, signals) as launcher:
         controller = Controller(config, launcher, desired)
         servicer = ClusterServicer(controller, config.cluster.heartbeat_s, signals.stop.set)
-        directory = directory_registration(LocalDirectory(), SystemClock())
-        async with serve(config.cluster.admin, cluster_registration(servicer), directory) as server:
+        table, clock = LocalDirectory(), SystemClock()
+        mine = directory_registration(table, clock)
+        shared = open_directory(config.store, config.redis, "") if config.redis else ClockedDirectory(table, clock)
+        departures = Departures(shared)
+        controller.gone = departures.gone
+        async with (
+            serve(config.cluster.admin, cluster_registration(servicer), mine) as server,
+            contextlib.aclosing(departures),
+        ):
             controller.address = server.address
             control = asyncio.create_task(controller.run(), name="control loop")
             front = asyncio.create_task(_announce(controller, on_ready, on_change), name="announce")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cluster.report import ClusterSnapshot, Member, WorkerReport, WorkerState
+from cluster.report import ClusterSnapshot, Member
 from core.errors import StaleEpochError
+from core.report import WorkerReport, WorkerState
 from core.request import WorkerRole
 
 

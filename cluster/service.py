@@ -9,8 +9,9 @@ from typing import Any
 import grpc
 
 from cluster.controller import Controller
-from cluster.wire import report_from_pb, snapshot_to_pb
+from cluster.wire import snapshot_to_pb
 from core.errors import ConfigError, InvalidRequestError, NotFoundError, StaleEpochError
+from core.report_wire import report_from_pb
 from core.service import Registration
 from tandem.v1 import cluster_pb2 as pb
 from tandem.v1 import cluster_pb2_grpc as pb_grpc
@@ -37,7 +38,8 @@ class ClusterServicer(pb_grpc.ClusterServicer):
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             except InvalidRequestError as error:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            yield pb.ReportReply(drain=drain_s is not None, drain_deadline_s=drain_s or 0.0)
+            if drain_s is not None:
+                yield pb.ReportReply(drain=True, drain_deadline_s=drain_s)
 
     async def Watch(
         self, request: pb.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]

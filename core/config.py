@@ -99,7 +99,8 @@ class StoreConfig(_Branch):
     """Fetch what can be had also where computing it is predicted to be quicker: spares compute, not time."""
     fetch_timeout_s: float = Field(1.0, gt=0)
     """How long a prompt waits for blocks from elsewhere before it is computed."""
-    directory_ttl_s: float = Field(10.0, gt=0)
+    directory_ttl_s: float = Field(20.0, gt=0)
+    """How long the directory believes in a node that does not renew its word; the controller tells it of deaths sooner."""
     directory_timeout_s: float = Field(0.25, gt=0)
     replicate_hits: int = Field(0, ge=0)
     """A block fetched so often from another host within a minute gets a copy in this host's store; 0: never."""
@@ -131,13 +132,21 @@ class ClusterConfig(_Branch):
     colocated: int = Field(0, ge=0)
     admin: str = "127.0.0.1:0"
     grace_s: float = Field(10.0, ge=0)
-    heartbeat_s: float = Field(0.5, gt=0)
+    heartbeat_s: float = Field(2.0, gt=0)
+    """The longest silence of a process that lives; changes are reported sooner. Left out, it follows a short dead_after_s."""
     dead_after_s: float = Field(5.0, gt=0)
     start_timeout_s: float = Field(120.0, gt=0)
     ray_address: str = ""
     """Empty: start a local Ray; otherwise join this cluster."""
     object_store_bytes: ByteSize = Field(ByteSize(80 * 2**20), ge=75 * 2**20)
     """Object store of a local Ray. Nothing of ours travels through it; Ray refuses less than 75 MiB."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _heartbeats_fit(cls, given: object) -> object:
+        if not isinstance(given, dict) or "heartbeat_s" in given or not isinstance(given.get("dead_after_s"), int | float):
+            return given
+        return {**given, "heartbeat_s": min(2.0, 0.4 * given["dead_after_s"])}
 
     @model_validator(mode="after")
     def _silence_is_longer_than_a_heartbeat(self) -> Self:

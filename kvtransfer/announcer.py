@@ -14,7 +14,7 @@ from kvtransfer.directory import Directory, DirectoryError, DuplicateNodeError, 
 
 log = logging.getLogger(__name__)
 
-GATHER_S = 0.02  # blocks come in bursts: one announcement for many
+GATHER_S = 0.25  # a prompt's blocks come chunk by chunk: one announcement for many costs everybody a fraction
 KEYS_MAX = 4096  # of one announcement
 PAUSE_MIN_S = 0.2
 PAUSE_MAX_S = 5.0

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from core.clock import SystemClock
 from core.hostspec import HostSpec
-from core.report import Facts, Reporter, WorkerState
+from core.report import WorkerReport, WorkerState
+from core.reporter import Reporter, first_report
 from core.service import GrpcServer, Registration, serve
 from core.telemetry import MetricsServer
 from kvtransfer.arena import host_id
@@ -64,7 +65,7 @@ class _Store:
         self._metrics: MetricsServer | None = None
         self._draining = asyncio.Event()
         self._node = StoreNode(spec, self._clock, self._host_id, self._grpc_address)
-        self.reporter = Reporter(spec, self._facts, self._on_drain)
+        self.reporter = Reporter(spec, self._report, self._on_drain)
 
     async def serve(self, stop: asyncio.Event, on_ready: Callable[[StoreInfo], None] | None) -> None:
         config = self._spec.config
@@ -142,9 +143,10 @@ class _Store:
                     await asyncio.sleep(0.05)
                     self._node.tick()
 
-    def _facts(self) -> Facts:
+    def _report(self) -> WorkerReport:
         plane = self._node.plane
-        facts = Facts(
+        report = replace(
+            first_report(self._spec),
             state=self._state,
             grpc_address=self._server.address if self._server is not None else "",
             metrics_address=self._metrics.address if self._metrics is not None else "",
@@ -155,8 +157,8 @@ class _Store:
             progress=0.0 if self._state is WorkerState.STARTING else 1.0,
         )
         if plane is None:
-            return facts
-        return replace(facts, blocks=plane.inventory.counts(), detail=f"disk off: {plane.disk.off}" if plane.disk.off else "")
+            return report
+        return replace(report, blocks=plane.inventory.counts(), detail=f"disk off: {plane.disk.off}" if plane.disk.off else "")
 
     def _leases_open(self) -> int:
         return self._node.plane.inventory.leases_open() if self._node.plane is not None else 0

@@ -31,6 +31,7 @@ BATCH_BLOCKS = 256
 BATCH_BYTES = 16 * 2**20
 OFFER_TIMEOUT_S = 10.0
 LEASE_MARGIN_S = 2.0
+GATHER_S = 0.25  # on top of what announcing took: one offer for a whole prompt, when its first tokens are out
 PAUSE_MIN_S = 0.2
 PAUSE_MAX_S = 5.0
 _OFFERED = object()
@@ -122,6 +123,7 @@ class Offerer:
             while self._store is None or not self._queue:
                 self._news.clear()
                 await self._news.wait()
+                await asyncio.sleep(GATHER_S)
             batch = [key for key, _ in zip(self._queue, range(self._batch_blocks()), strict=False)]
             try:
                 await self._offer(self._store, batch)

@@ -13,6 +13,7 @@ import logging
 from core.blocks import BlockKey
 from core.clock import Clock
 from core.errors import StaleEpochError, TandemError
+from kvtransfer.announcer import GATHER_S
 from kvtransfer.directory import Directory, DuplicateNodeError, Tier
 from kvtransfer.store_node import StoreNode
 from kvtransfer.store_plane import StorePlane
@@ -20,7 +21,6 @@ from kvtransfer.store_plane import StorePlane
 log = logging.getLogger(__name__)
 
 KEYS_MAX = 16_384  # announced between two turns
-GATHER_S = 0.05  # changes come in bursts: what follows within this goes along
 DISK_EVERY_S = 2.0  # the disk's keys are compared at most so often
 
 

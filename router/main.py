@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from core.clock import SystemClock
 from core.config import Config
 from core.hostspec import HostSpec
-from core.report import Facts, Reporter, WorkerState
+from core.report import WorkerReport, WorkerState
+from core.reporter import Reporter, first_report
 from core.service import GrpcServer, Registration, serve
 from core.text import Tokenizer
 from router.attempt import Limits
@@ -77,7 +78,7 @@ class Router:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(RouterMetrics(stats, self.dispatcher))
         self._watch = Watch(spec.controller, spec.worker_id, self.dispatcher.follow)
-        self._facts = Facts()
+        self._said = first_report(spec)
         self._reporter = Reporter(spec, self._report, lambda deadline_s: self._drain.set())
         self._drain = asyncio.Event()
         self._changed = asyncio.Event()
@@ -88,7 +89,9 @@ class Router:
             stack.push_async_callback(self._links.close)
             stack.callback(self.dispatcher.close)
             server, http_address = await self._listen(stack)
-            self._facts = Facts(grpc_address=server.address, http_address=http_address, metrics_address=http_address)
+            self._said = replace(
+                self._said, grpc_address=server.address, http_address=http_address, metrics_address=http_address
+            )
             await stack.enter_async_context(_running(self._watch.run(), "watch"))
             await stack.enter_async_context(_running(self._reporter.run(), "report"))
             info = RouterInfo(self._spec.worker_id, server.address, http_address)
@@ -126,18 +129,18 @@ class Router:
                 was = ready
             await self._changed.wait()
 
-    def _report(self) -> Facts:
+    def _report(self) -> WorkerReport:
         """Once it has been ready, a router without workers is still ready: it queues until they are replaced."""
-        state = self._facts.state
+        state = self._said.state
         if state is WorkerState.STARTING and self.frontend.ready():
             state = WorkerState.READY
-        self._facts = replace(self._facts, state=state, running=self.frontend.live, waiting=len(self.dispatcher.queue))
-        return self._facts
+        self._said = replace(self._said, state=state, running=self.frontend.live, waiting=len(self.dispatcher.queue))
+        return self._said
 
     async def _finish(self, server: GrpcServer) -> None:
         self.frontend.begin_close()
         await server.set_serving(False)
-        self._facts = replace(self._facts, state=WorkerState.DRAINING)
+        self._said = replace(self._said, state=WorkerState.DRAINING)
         self._reporter.changed()
         try:
             async with asyncio.timeout(self._grace_s * GRACE_SHARE):

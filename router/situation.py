@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from core.blocks import BlockKey, KvLayout, block_keys, root_key
+from core.report import WorkerState
 from core.request import WorkerRole
 from router.pools import Pool
 from router.prefix_index import PrefixIndex
-from router.view import Claim, Claims, ClusterView, WorkerState, WorkerView
+from router.view import Claim, Claims, ClusterView, WorkerView
 
 NOBODY: frozenset[str] = frozenset()
 

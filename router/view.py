@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from types import MappingProxyType
 
 from core.blocks import KvLayout
 from core.cost_model import StepCost
+from core.report import WorkerState
 from core.request import WorkerRole
 
 SERVING_ROLES = frozenset({WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED})
-
-
-class WorkerState(Enum):
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
-    DEAD = "dead"
 
 
 @dataclass(frozen=True, slots=True)

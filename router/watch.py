@@ -11,9 +11,11 @@ from typing import Any
 import grpc
 
 from core.errors import InvalidRequestError
+from core.report import ModelFacts, WorkerReport
+from core.report_wire import report_from_pb
 from core.service import KEEPALIVE_OPTIONS
-from core.wire import fit_from_pb, layout_from_pb, role_from_pb
-from router.view import ClusterView, WorkerState, WorkerView
+from core.wire import role_from_pb
+from router.view import ClusterView, WorkerView
 from tandem.cancelling import heed_cancellation
 from tandem.v1 import cluster_pb2 as pb
 from tandem.v1.cluster_pb2_grpc import ClusterStub
@@ -25,46 +27,40 @@ BACKOFF_MAX_S = 2.0
 SILENCE_MAX_S = 10.0
 """A controller sends a snapshot per heartbeat; one that is silent for so long is dialled again."""
 
-_STATES: dict[int, WorkerState] = {
-    pb.WORKER_STATE_STARTING: WorkerState.STARTING,
-    pb.WORKER_STATE_READY: WorkerState.READY,
-    pb.WORKER_STATE_DRAINING: WorkerState.DRAINING,
-    pb.WORKER_STATE_DEAD: WorkerState.DEAD,
-}
-
 
 def view_from_pb(message: pb.ClusterSnapshot) -> ClusterView:
     """A worker whose report is of another version than ours (unknown role or state) is left out, and logged."""
     workers: dict[str, WorkerView] = {}
     for report, age_s in zip(message.workers, message.ages_s, strict=True):
         try:
-            workers[report.worker_id] = worker_from_pb(report, age_s)
+            workers[report.worker_id] = worker_view(report_from_pb(report), age_s)
         except InvalidRequestError as error:
             log.warning("worker %s is left out: %s", report.worker_id, error)
     return ClusterView(message.version, MappingProxyType(workers))
 
 
-def worker_from_pb(report: pb.WorkerReport, age_s: float) -> WorkerView:
+def worker_view(report: WorkerReport, age_s: float) -> WorkerView:
+    blocks, model = report.blocks, report.model or ModelFacts()
     return WorkerView(
         worker_id=report.worker_id,
-        role=role_from_pb(report.role),
+        role=report.role,
         epoch=report.epoch,
-        state=_STATES.get(report.state, WorkerState.STARTING),
+        state=report.state,
         address=report.grpc_address,
         running=report.running,
         waiting=report.waiting,
         waiting_tokens=report.waiting_tokens,
         context_tokens=report.context_tokens,
-        step_cost=fit_from_pb(report.step_cost).cost if report.HasField("step_cost") else None,
-        blocks_total=report.blocks.total,
-        blocks_free=report.blocks.free,
-        blocks_cached=report.blocks.cached,
+        step_cost=report.step_cost.cost if report.step_cost is not None else None,
+        blocks_total=blocks.total,
+        blocks_free=blocks.free,
+        blocks_cached=blocks.cached,
         age_s=age_s,
-        layout=layout_from_pb(report.layout) if report.HasField("layout") else None,
-        model_name=report.model.name,
-        model_path=report.model.path,
-        max_model_len=report.model.max_model_len,
-        vocab_size=report.model.vocab_size,
+        layout=report.layout,
+        model_name=model.name,
+        model_path=model.path,
+        max_model_len=model.max_model_len,
+        vocab_size=model.vocab_size,
     )
 
 

@@ -16,7 +16,26 @@ from router.http_connection import BoundedConnection
 _BACKLOG = 1024
 
 
+TICK_S = 1.0  # how often the Date header is renewed
+
+
 class _Server(uvicorn.Server):
+    """Wakes once a second instead of ten times: an idle router is to cost nothing."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ended = asyncio.Event()
+
+    def end(self) -> None:
+        self.should_exit = True
+        self._ended.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._ended.wait()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # the host decides what a signal means
@@ -45,7 +64,7 @@ async def web_server(app: Any, address: str, grace_s: float) -> AsyncIterator[st
         host, port = sock.getsockname()[:2]
         yield f"{host}:{port}"
     finally:
-        server.should_exit = True
+        server.end()
         await task
         sock.close()
 

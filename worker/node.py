@@ -77,5 +77,5 @@ def build_node(spec: HostSpec, progress: Progress) -> Node:
         arena.close()
         raise
     name = config.model.name or Path(config.model.path).name
-    facts = ModelFacts(name, config.model.path, model.max_model_len, model.spec.vocab_size)
+    facts = ModelFacts(name, model.max_model_len, model.spec.vocab_size, config.model.path)
     return Node(model, layout, arena, inventory, executor, facts)

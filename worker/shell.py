@@ -17,7 +17,8 @@ from core.clock import Clock, SystemClock
 from core.config import Config
 from core.errors import UnavailableError
 from core.hostspec import HostSpec
-from core.report import Facts, Reporter, WorkerState
+from core.report import WorkerReport, WorkerState
+from core.reporter import Reporter, first_report
 from core.service import GrpcServer, Registration, serve
 from core.telemetry import MetricsServer
 from engine.loop import StepLoop
@@ -32,7 +33,7 @@ from worker.session import Handler, SessionServicer
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.5
+TICK_S = 1.0
 ENGINE_STOP_S = 5.0
 SERVER_GRACE_S = 0.5
 # The engine thread gives the interpreter up in every tensor operation and must get it back quickly; asyncio's turns are
@@ -123,11 +124,11 @@ class _Shell:
         self._spec = spec
         self._kind = kind
         self._clock = SystemClock()
-        self._facts = Facts(host_id=host_id(spec.config.transfer.shm_dir))
-        self._measure: Callable[[Facts], Facts] = lambda facts: facts
+        self._said = replace(first_report(spec), host_id=host_id(spec.config.transfer.shm_dir))
+        self._measure: Callable[[WorkerReport], WorkerReport] = lambda report: report
         self._draining = asyncio.Event()
         self._server: GrpcServer | None = None
-        self.reporter = Reporter(spec, lambda: self._measure(self._facts), self._on_drain)
+        self.reporter = Reporter(spec, lambda: self._measure(self._said), self._on_drain)
 
     async def load(self) -> Node:
         """Builds the node in a thread of its own. Cancelled, it stops that thread and leaves nothing of what it built."""
@@ -154,14 +155,14 @@ class _Shell:
         config, links = self._spec.config, RouterLinks(self._clock)
         loop = StepLoop(config.engine, self._kind.role(config), node.inventory, node.executor, node.root_key, self._clock.now)
         engine = EngineThread(loop, self._clock)
-        base = Base(self._spec, node, engine, links, self._clock, self._facts.host_id, self._grpc_address)
+        base = Base(self._spec, node, engine, links, self._clock, self._said.host_id, self._grpc_address)
         parts = self._kind.assemble(base)
         links.bind(parts.handler.cancel)
         try:
             async with self._listening(base, parts) as (server, metrics):
                 self._server = server
                 parts.started()
-                self._measure = lambda facts: _measured(facts, base, parts)
+                self._measure = lambda report: _measured(report, base, parts)
                 self._say(
                     {
                         "state": WorkerState.READY,
@@ -237,14 +238,14 @@ class _Shell:
         self._draining.set()
 
     def _say(self, changes: dict[str, object]) -> None:
-        self._facts = replace(self._facts, **changes)  # type: ignore[arg-type]
+        self._said = replace(self._said, **changes)  # type: ignore[arg-type]
         self.reporter.changed()
 
 
-def _measured(facts: Facts, base: Base, parts: Parts) -> Facts:
+def _measured(report: WorkerReport, base: Base, parts: Parts) -> WorkerReport:
     load, inventory = base.engine.load, base.node.inventory
     return replace(
-        facts,
+        report,
         blocks=inventory.counts(),
         leases_open=inventory.leases_open(),
         running=load.running,

@@ -7,7 +7,7 @@ from worker_harness import DEADLINE_S, NOBODY
 
 from core.config import load
 from core.hostspec import HostSpec
-from core.report import Facts, Reporter
+from core.reporter import Reporter, first_report
 from core.request import WorkerRole
 
 pytestmark = pytest.mark.service
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.service
 async def test_a_reporter_without_a_controller_can_be_cancelled_at_every_moment(turns):
     spec = HostSpec("r", WorkerRole.DECODE, 1, load(overrides={"model.path": "nobody/loads-it"}), controller=NOBODY)
     for _ in range(20):
-        task = asyncio.create_task(Reporter(spec, Facts, lambda _: None).run())
+        task = asyncio.create_task(Reporter(spec, lambda: first_report(spec), lambda _: None).run())
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()

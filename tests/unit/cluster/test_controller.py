@@ -17,11 +17,13 @@ import pytest
 
 from cluster.controller import Controller, desired_of
 from cluster.launcher import LocalLauncher
-from cluster.report import ClusterSnapshot, WorkerReport, WorkerState
+from cluster.report import ClusterSnapshot
 from cluster.service import ClusterServicer, cluster_registration
-from cluster.wire import report_to_pb, snapshot_from_pb
+from cluster.wire import snapshot_from_pb
 from core.config import load
 from core.errors import ConfigError
+from core.report import WorkerReport, WorkerState
+from core.report_wire import report_to_pb
 from core.request import WorkerRole
 from core.service import serve
 from tandem.v1 import cluster_pb2 as pb
@@ -87,8 +89,11 @@ async def test_a_killed_worker_is_replaced_with_a_higher_epoch_and_the_router_ke
     async with cluster() as running:
         snapshot = await running.until(lambda s: ready(s) == {"router-0", "prefill-0", "decode-0"})
         assert running.controller.ready.is_set()
+        gone: list[tuple[str, int]] = []
+        running.controller.gone = lambda *name: gone.append(name)
         os.kill(report_of(snapshot, "decode-0").pid, signal.SIGKILL)
         snapshot = await running.until(lambda s: report_of(s, "decode-0").epoch == 2 and "decode-0" in ready(s))
+        assert gone == [("decode-0", 1)]
         router = report_of(snapshot, "router-0")
         assert router.grpc_address == "127.0.0.1:40001"
         spec = running.controller._spec("router-0", WorkerRole.ROUTER, 2)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.membership import Membership
-from cluster.report import WorkerReport, WorkerState
 from core.errors import StaleEpochError
+from core.report import WorkerReport, WorkerState
 from core.request import WorkerRole
 
 READY, DEAD, DRAINING = WorkerState.READY, WorkerState.DEAD, WorkerState.DRAINING

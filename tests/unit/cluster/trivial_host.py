@@ -16,10 +16,10 @@ from pathlib import Path
 import grpc
 
 from cluster.host import run_child
-from cluster.report import WorkerReport, WorkerState
-from cluster.wire import report_to_pb
 from core.errors import ConfigError
 from core.hostspec import HostSpec
+from core.report import WorkerReport, WorkerState
+from core.report_wire import report_to_pb
 from core.request import WorkerRole
 from tandem.v1 import cluster_pb2 as pb
 from tandem.v1 import cluster_pb2_grpc as stubs

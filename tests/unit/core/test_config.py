@@ -36,7 +36,7 @@ def test_a_file_and_what_lies_over_it(tmp_path: Path) -> None:
         ("router: {policy: x, typo_a: 1}\nnonsense: 2\n", ["router.typo_a", "nonsense"]),
         ("engine:\n  threads: many\n", ["engine.threads", "many"]),
         ("cluster: {prefill: -1}\n", ["cluster.prefill", "-1"]),
-        ("cluster: {dead_after_s: 0.5}\n", ["cluster", "twice heartbeat_s"]),
+        ("cluster: {heartbeat_s: 0.5, dead_after_s: 0.5}\n", ["cluster", "twice heartbeat_s"]),
         ("cluster: {grace_s: .inf}\n", ["cluster.grace_s", "finite"]),  # an end that never comes
         ("model: {dtype: float8}\n", ["model.dtype", "float8"]),
         ("engine: [1, 2]\n", ["engine"]),

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from core.blocks import KvLayout
 from core.errors import ConfigError, UnavailableError
+from core.report import WorkerState
 from core.request import WorkerRole
 from router.modelcard import ModelKnowledge
 from router.policies import make_policy
 from router.policy import PREFILL_WINDOW_TOKENS, LeastLoad, Need, Nobody, Pair
 from router.queue import Pace, WaitQueue
 from router.situation import Situation
-from router.view import NO_CLAIM, Claim, Claims, ClusterView, WorkerState, WorkerView
+from router.view import NO_CLAIM, Claim, Claims, ClusterView, WorkerView
 
 P, D, C = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED
 LAYOUT = KvLayout(b"f" * 16, "float32", 1, 1, 8, 16)

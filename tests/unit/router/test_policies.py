@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from core.blocks import KvLayout, block_keys, root_key
 from core.cost_model import StepCost
+from core.report import WorkerState
 from core.request import WorkerRole
 from router.policies import POLICIES, make_policy
 from router.policy import Need, Nobody, Pair
 from router.prefix_index import PrefixIndex
 from router.situation import Situation
-from router.view import NO_CLAIM, Claim, Claims, ClusterView, WorkerState, WorkerView
+from router.view import NO_CLAIM, Claim, Claims, ClusterView, WorkerView
 
 P, D, C = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED
 LAYOUT = KvLayout(b"f" * 16, "float32", 2, 2, 8, 16)
