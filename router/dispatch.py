@@ -7,7 +7,6 @@ the readers' outboxes, in one go: no task per request, none per token.
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from core.clock import Clock
 from core.errors import InternalError, OverloadedError, TandemError
 from core.request import FinishReason, TokenEvent
 from router import events as ev
+from router.alarms import Alarms
 from router.attempt import JourneySpec, Limits
 from router.codec import Addressed
 from router.journey import Journey, State
@@ -51,7 +51,7 @@ class Sink(Protocol):
 
 class _Live:
     __slots__ = (
-        "accepted", "alarm_at", "asked_at", "claim", "driving", "failovers", "inbox", "journey", "keys", "prefer", "sink",
+        "accepted", "asked_at", "claim", "driving", "failovers", "inbox", "journey", "keys", "prefer", "sink",
     )  # fmt: skip
 
     def __init__(self, journey: Journey, sink: Sink, prefer: Pair | None) -> None:
@@ -63,7 +63,6 @@ class _Live:
         self.accepted = False  # a worker took the attempt that holds the claim
         self.asked_at: int | None = None  # the dispatcher's count of changes when this round of asking began
         self.failovers = 0
-        self.alarm_at = float("inf")
         self.driving = False
         self.inbox: deque[ev.Event] = deque()  # events that came while it was being driven
 
@@ -84,8 +83,7 @@ class Dispatcher:
         self._clock = clock
         self._live: dict[str, _Live] = {}
         self._orphans: dict[str, list[ev.SendCancel]] = {}
-        self._alarms: list[tuple[float, str]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarms = Alarms(clock, self._ring)
         self._probing: str | None = None
         self._pump_due = False
         self._changes = 0  # times that capacity may have come free
@@ -172,8 +170,7 @@ class Dispatcher:
         """Ends every journey; their workers are told."""
         for live in list(self._live.values()):
             self._drive(live, ev.ClientCancelled())
-        if self._timer is not None:
-            self._timer.cancel()
+        self._alarms.close()
 
     # ---- the drive -------------------------------------------------------------------------------------------------
 
@@ -198,8 +195,7 @@ class Dispatcher:
             live.driving = False
         if journey.claim is not live.claim:
             self._move_claim(live, event)
-        if journey.wake_at < live.alarm_at:
-            self._set_alarm(live)
+        self._set_alarm(live)
 
     def _abandon(self, live: _Live, now: float) -> None:
         """Ends one journey after a mistake, so that it harms no other: its workers are told, its user gets an error."""
@@ -274,6 +270,7 @@ class Dispatcher:
 
     def _forget(self, live: _Live) -> None:
         del self._live[live.journey.spec.request_id]
+        self._alarms.forget(live.journey.spec.request_id)
         self._leave_queue(live)
 
     # ---- the queue -------------------------------------------------------------------------------------------------
@@ -319,32 +316,15 @@ class Dispatcher:
 
     def _set_alarm(self, live: _Live) -> None:
         """An alarm that turns out early is set again when it rings: most deadlines only move away."""
-        if live.journey.state is State.DONE:
+        request_id, wake_at = live.journey.spec.request_id, live.journey.wake_at
+        if wake_at < self._alarms.due(request_id) and live.journey.state is not State.DONE:
+            self._alarms.set(request_id, min(wake_at, self._clock.now() + ALARM_MAX_S))
+
+    def _ring(self, request_id: str, now: float) -> None:
+        live = self._live.get(request_id)
+        if live is None:
             return
-        wake_at = min(live.journey.wake_at, self._clock.now() + ALARM_MAX_S)
-        if wake_at < live.alarm_at:
-            live.alarm_at = wake_at
-            heapq.heappush(self._alarms, (wake_at, live.journey.spec.request_id))
-            if self._alarms[0][0] == wake_at:
-                self._set_timer()
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        delay_s = max(self._alarms[0][0] - self._clock.now(), 0.0)
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._ring)
-
-    def _ring(self) -> None:
-        now = self._clock.now()
-        while self._alarms and self._alarms[0][0] <= now:
-            at, request_id = heapq.heappop(self._alarms)
-            live = self._live.get(request_id)
-            if live is not None and live.alarm_at == at:
-                live.alarm_at = float("inf")
-                if live.journey.wake_at <= now:
-                    self._drive(live, ev.Tick())
-                else:
-                    self._set_alarm(live)
-        self._timer = None
-        if self._alarms:
-            self._set_timer()
+        if live.journey.wake_at <= now:
+            self._drive(live, ev.Tick())
+        else:
+            self._set_alarm(live)

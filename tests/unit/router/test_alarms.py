@@ -1,0 +1,51 @@
+"""One timer for many sleepers."""
+
+from __future__ import annotations
+
+import asyncio
+
+from core.clock import SystemClock
+from router.alarms import Alarms
+
+
+async def test_everybody_is_woken_once_in_order_and_an_earlier_alarm_replaces_a_later_one():
+    clock, rung, done = SystemClock(), [], asyncio.Event()
+
+    def ring(name: str, now: float) -> None:
+        rung.append(name)
+        assert now >= due[name]
+        if len(rung) == 3:
+            done.set()
+
+    alarms = Alarms(clock, ring)
+    start = clock.now()
+    due = {"c": start + 0.03, "a": start, "b": start + 0.01}
+    alarms.set("a", start + 60.0)
+    for name, at in due.items():
+        alarms.set(name, at)
+    alarms.set("b", start + 50.0)  # later than the one it has
+    alarms.set("forgotten", start)
+    alarms.forget("forgotten")
+    assert (alarms.due("b"), alarms.due("forgotten")) == (due["b"], float("inf"))
+    async with asyncio.timeout(10):
+        await done.wait()
+    assert rung == ["a", "b", "c"]
+    alarms.close()
+
+
+async def test_who_is_woken_may_set_the_next_alarm():
+    clock, done = SystemClock(), asyncio.Event()
+    left = [5]
+
+    def ring(name: str, now: float) -> None:
+        left[0] -= 1
+        if left[0]:
+            alarms.set(name, now)
+        else:
+            done.set()
+
+    alarms = Alarms(clock, ring)
+    alarms.set("x", clock.now())
+    async with asyncio.timeout(10):
+        await done.wait()
+    alarms.close()
