@@ -8,6 +8,8 @@ TandemError (tandem/errors.py, public)
 ├── NotFoundError           no such model, request or worker             NOT_FOUND          404
 ├── RequestTooLargeError    the body itself                              RESOURCE_EXHAUSTED 413
 ├── OverloadedError         retry after `retry_after_s`                  RESOURCE_EXHAUSTED 429
+│   ├── QuotaExceededError      of its tenant
+│   └── SloUnattainableError    refused early, because it would miss its limits
 ├── CancelledError                                                       CANCELLED          499
 ├── UnavailableError        no worker can take it now                    UNAVAILABLE        503
 ├── DeadlineExceededError                                                DEADLINE_EXCEEDED  504
@@ -31,7 +33,9 @@ from tandem.errors import (
     OverloadedError,
     PermissionDeniedError,
     PromptTooLongError,
+    QuotaExceededError,
     RequestTooLargeError,
+    SloUnattainableError,
     TandemError,
     UnavailableError,
 )
@@ -51,7 +55,9 @@ __all__ = [
     "OverloadedError",
     "PermissionDeniedError",
     "PromptTooLongError",
+    "QuotaExceededError",
     "RequestTooLargeError",
+    "SloUnattainableError",
     "StaleEpochError",
     "TandemError",
     "TransferError",

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
         OverloadedError,
         PermissionDeniedError,
         PromptTooLongError,
+        QuotaExceededError,
         RequestTooLargeError,
+        SloUnattainableError,
         TandemError,
         UnavailableError,
     )
@@ -45,7 +47,9 @@ _HOMES = {
         "OverloadedError",
         "PermissionDeniedError",
         "PromptTooLongError",
+        "QuotaExceededError",
         "RequestTooLargeError",
+        "SloUnattainableError",
         "TandemError",
         "UnavailableError",
     ),
@@ -77,7 +81,9 @@ __all__ = [  # noqa: RUF022 - what most users need comes first
     "OverloadedError",
     "PermissionDeniedError",
     "PromptTooLongError",
+    "QuotaExceededError",
     "RequestTooLargeError",
+    "SloUnattainableError",
     "UnavailableError",
 ]
 

@@ -19,7 +19,9 @@ from tandem.errors import (
     OverloadedError,
     PermissionDeniedError,
     PromptTooLongError,
+    QuotaExceededError,
     RequestTooLargeError,
+    SloUnattainableError,
     TandemError,
     UnavailableError,
 )
@@ -46,11 +48,13 @@ class RequestOptions(TypedDict, total=False):
     """What a request may carry beside prompt and sampling."""
 
     request_id: str  # "": the router makes one
-    slo_class: str  # "": the tenant's default
+    tenant: str  # whose request it is; "": `default`
+    slo_class: str  # `interactive`, `standard`, `batch` or what the router has; "": the tenant's default, else the router's
     ttft_slo_s: float  # limit for the first token
     tbt_slo_s: float  # limit for the mean of the slowest tenth of token gaps
     tpot_slo_s: float  # limit for the mean token gap
-    priority: int
+    deadline_s: float  # for the whole answer; what takes longer ends with DeadlineExceededError
+    priority: int  # added to that of its class; higher goes first
     echo: bool  # result.prompt_text holds the prompt as text
 
 
@@ -166,6 +170,8 @@ _BY_CODE: dict[str, type[TandemError]] = {
         NotFoundError,
         RequestTooLargeError,
         OverloadedError,
+        QuotaExceededError,
+        SloUnattainableError,
         CancelledError,
         DeadlineExceededError,
         UnavailableError,

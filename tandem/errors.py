@@ -3,7 +3,8 @@
 TandemError
 ├── InvalidRequestError ── PromptTooLongError
 ├── AuthenticationError, PermissionDeniedError, NotFoundError
-├── RequestTooLargeError, OverloadedError (retryable, `retry_after_s`)
+├── RequestTooLargeError
+├── OverloadedError (retryable, `retry_after_s`) ── QuotaExceededError, SloUnattainableError
 ├── CancelledError, DeadlineExceededError
 ├── UnavailableError (retryable)
 └── InternalError
@@ -58,6 +59,18 @@ class RequestTooLargeError(TandemError):
 
 class OverloadedError(TandemError):
     code, retryable, grpc_status, http_status = "overloaded", True, "RESOURCE_EXHAUSTED", 429
+
+
+class QuotaExceededError(OverloadedError):
+    """The tenant has used up its quota."""
+
+    code = "quota_exceeded"
+
+
+class SloUnattainableError(OverloadedError):
+    """Refused early: the request would have missed its limits."""
+
+    code = "slo_unattainable"
 
 
 class CancelledError(TandemError):

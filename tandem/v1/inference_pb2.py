@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/v1/inference.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.tandem.v1.ChatMessage\"\xdf\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.tandem.v1.ChatH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x11\n\tslo_class\x18\x06 \x01(\t\x12\x17\n\nttft_slo_s\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\ttbt_slo_s\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\ntpot_slo_s\x18\t \x01(\x01H\x03\x88\x01\x01\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x0c\n\x04\x65\x63ho\x18\x0b \x01(\x08\x42\x07\n\x05inputB\r\n\x0b_ttft_slo_sB\x0c\n\n_tbt_slo_sB\r\n\x0b_tpot_slo_s\"\x98\x01\n\x05Token\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x10\n\x08token_id\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x14\n\x07logprob\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12+\n\x0ctop_logprobs\x18\x06 \x03(\x0b\x32\x15.tandem.v1.TopLogprobB\n\n\x08_logprob\"W\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x13\n\x0bprompt_text\x18\x04 \x01(\t\"c\n\x0e\x43hoiceFinished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x11\n\ttail_text\x18\x03 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\xbd\x01\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x16\n\x0ehandoff_wait_s\x18\x03 \x01(\x01\x12\x12\n\ntransfer_s\x18\x04 \x01(\x01\x12\x16\n\x0e\x66irst_decode_s\x18\x05 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x06 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x07 \x01(\x01\x12\x0f\n\x07total_s\x18\x08 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\t \x01(\x01\",\n\tPlacement\x12\x0f\n\x07prefill\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\t\"\x8a\x01\n\x08\x46inished\x12\x1f\n\x05usage\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Usage\x12!\n\x06timing\x18\x02 \x01(\x0b\x32\x11.tandem.v1.Timing\x12\'\n\tplacement\x18\x03 \x01(\x0b\x32\x14.tandem.v1.Placement\x12\x11\n\tfailovers\x18\x04 \x01(\r\"\xc9\x01\n\x10GenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.tandem.v1.StartedH\x00\x12\'\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.tandem.v1.TokenBatchH\x00\x12\x34\n\x0f\x63hoice_finished\x18\x03 \x01(\x0b\x32\x19.tandem.v1.ChoiceFinishedH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.tandem.v1.FinishedH\x00\x42\x06\n\x04part\".\n\nTokenBatch\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.tandem.v1.Token\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x11\n\x0fGetModelRequest\"\x80\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t2\xd6\x01\n\tInference\x12\x45\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.tandem.v1.CancelRequest\x1a\x19.tandem.v1.CancelResponse\x12\x43\n\x08GetModel\x12\x1a.tandem.v1.GetModelRequest\x1a\x1b.tandem.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/v1/inference.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.tandem.v1.ChatMessage\"\x97\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0f.tandem.v1.ChatH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x11\n\tslo_class\x18\x06 \x01(\t\x12\x17\n\nttft_slo_s\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\ttbt_slo_s\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\ntpot_slo_s\x18\t \x01(\x01H\x03\x88\x01\x01\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x0c\n\x04\x65\x63ho\x18\x0b \x01(\x08\x12\x0e\n\x06tenant\x18\x0c \x01(\t\x12\x17\n\ndeadline_s\x18\r \x01(\x01H\x04\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_ttft_slo_sB\x0c\n\n_tbt_slo_sB\r\n\x0b_tpot_slo_sB\r\n\x0b_deadline_s\"\x98\x01\n\x05Token\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x10\n\x08token_id\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x14\n\x07logprob\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12+\n\x0ctop_logprobs\x18\x06 \x03(\x0b\x32\x15.tandem.v1.TopLogprobB\n\n\x08_logprob\"W\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x13\n\x0bprompt_text\x18\x04 \x01(\t\"c\n\x0e\x43hoiceFinished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x11\n\ttail_text\x18\x03 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\xbd\x01\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x16\n\x0ehandoff_wait_s\x18\x03 \x01(\x01\x12\x12\n\ntransfer_s\x18\x04 \x01(\x01\x12\x16\n\x0e\x66irst_decode_s\x18\x05 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x06 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x07 \x01(\x01\x12\x0f\n\x07total_s\x18\x08 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\t \x01(\x01\",\n\tPlacement\x12\x0f\n\x07prefill\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\t\"\x8a\x01\n\x08\x46inished\x12\x1f\n\x05usage\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Usage\x12!\n\x06timing\x18\x02 \x01(\x0b\x32\x11.tandem.v1.Timing\x12\'\n\tplacement\x18\x03 \x01(\x0b\x32\x14.tandem.v1.Placement\x12\x11\n\tfailovers\x18\x04 \x01(\r\"\xc9\x01\n\x10GenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.tandem.v1.StartedH\x00\x12\'\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.tandem.v1.TokenBatchH\x00\x12\x34\n\x0f\x63hoice_finished\x18\x03 \x01(\x0b\x32\x19.tandem.v1.ChoiceFinishedH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.tandem.v1.FinishedH\x00\x42\x06\n\x04part\".\n\nTokenBatch\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.tandem.v1.Token\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x11\n\x0fGetModelRequest\"\x80\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t2\xd6\x01\n\tInference\x12\x45\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.tandem.v1.CancelRequest\x1a\x19.tandem.v1.CancelResponse\x12\x43\n\x08GetModel\x12\x1a.tandem.v1.GetModelRequest\x1a\x1b.tandem.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,33 +39,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT']._serialized_start=135
   _globals['_CHAT']._serialized_end=183
   _globals['_GENERATEREQUEST']._serialized_start=186
-  _globals['_GENERATEREQUEST']._serialized_end=537
-  _globals['_TOKEN']._serialized_start=540
-  _globals['_TOKEN']._serialized_end=692
-  _globals['_STARTED']._serialized_start=694
-  _globals['_STARTED']._serialized_end=781
-  _globals['_CHOICEFINISHED']._serialized_start=783
-  _globals['_CHOICEFINISHED']._serialized_end=882
-  _globals['_USAGE']._serialized_start=884
-  _globals['_USAGE']._serialized_end=964
-  _globals['_TIMING']._serialized_start=967
-  _globals['_TIMING']._serialized_end=1156
-  _globals['_PLACEMENT']._serialized_start=1158
-  _globals['_PLACEMENT']._serialized_end=1202
-  _globals['_FINISHED']._serialized_start=1205
-  _globals['_FINISHED']._serialized_end=1343
-  _globals['_GENERATERESPONSE']._serialized_start=1346
-  _globals['_GENERATERESPONSE']._serialized_end=1547
-  _globals['_TOKENBATCH']._serialized_start=1549
-  _globals['_TOKENBATCH']._serialized_end=1595
-  _globals['_CANCELREQUEST']._serialized_start=1597
-  _globals['_CANCELREQUEST']._serialized_end=1632
-  _globals['_CANCELRESPONSE']._serialized_start=1634
-  _globals['_CANCELRESPONSE']._serialized_end=1665
-  _globals['_GETMODELREQUEST']._serialized_start=1667
-  _globals['_GETMODELREQUEST']._serialized_end=1684
-  _globals['_GETMODELRESPONSE']._serialized_start=1687
-  _globals['_GETMODELRESPONSE']._serialized_end=1815
-  _globals['_INFERENCE']._serialized_start=1818
-  _globals['_INFERENCE']._serialized_end=2032
+  _globals['_GENERATEREQUEST']._serialized_end=593
+  _globals['_TOKEN']._serialized_start=596
+  _globals['_TOKEN']._serialized_end=748
+  _globals['_STARTED']._serialized_start=750
+  _globals['_STARTED']._serialized_end=837
+  _globals['_CHOICEFINISHED']._serialized_start=839
+  _globals['_CHOICEFINISHED']._serialized_end=938
+  _globals['_USAGE']._serialized_start=940
+  _globals['_USAGE']._serialized_end=1020
+  _globals['_TIMING']._serialized_start=1023
+  _globals['_TIMING']._serialized_end=1212
+  _globals['_PLACEMENT']._serialized_start=1214
+  _globals['_PLACEMENT']._serialized_end=1258
+  _globals['_FINISHED']._serialized_start=1261
+  _globals['_FINISHED']._serialized_end=1399
+  _globals['_GENERATERESPONSE']._serialized_start=1402
+  _globals['_GENERATERESPONSE']._serialized_end=1603
+  _globals['_TOKENBATCH']._serialized_start=1605
+  _globals['_TOKENBATCH']._serialized_end=1651
+  _globals['_CANCELREQUEST']._serialized_start=1653
+  _globals['_CANCELREQUEST']._serialized_end=1688
+  _globals['_CANCELRESPONSE']._serialized_start=1690
+  _globals['_CANCELRESPONSE']._serialized_end=1721
+  _globals['_GETMODELREQUEST']._serialized_start=1723
+  _globals['_GETMODELREQUEST']._serialized_end=1740
+  _globals['_GETMODELRESPONSE']._serialized_start=1743
+  _globals['_GETMODELRESPONSE']._serialized_end=1871
+  _globals['_INFERENCE']._serialized_start=1874
+  _globals['_INFERENCE']._serialized_end=2088
 # @@protoc_insertion_point(module_scope)

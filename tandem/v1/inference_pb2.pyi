@@ -28,7 +28,7 @@ class Chat(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "slo_class", "ttft_slo_s", "tbt_slo_s", "tpot_slo_s", "priority", "echo")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "slo_class", "ttft_slo_s", "tbt_slo_s", "tpot_slo_s", "priority", "echo", "tenant", "deadline_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,8 @@ class GenerateRequest(_message.Message):
     TPOT_SLO_S_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -51,7 +53,9 @@ class GenerateRequest(_message.Message):
     tpot_slo_s: float
     priority: int
     echo: bool
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., slo_class: _Optional[str] = ..., ttft_slo_s: _Optional[float] = ..., tbt_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ..., priority: _Optional[int] = ..., echo: _Optional[bool] = ...) -> None: ...
+    tenant: str
+    deadline_s: float
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., slo_class: _Optional[str] = ..., ttft_slo_s: _Optional[float] = ..., tbt_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ..., priority: _Optional[int] = ..., echo: _Optional[bool] = ..., tenant: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("choice", "position", "token_id", "text", "logprob", "top_logprobs")
