@@ -236,7 +236,7 @@ class Dispatcher:
                 self._leave_queue(live)
                 live.sink.accepted()
             case ev.Finish(reason, error):
-                self.placer.ended(live.journey.spec, len(live.journey.log), reason)
+                self.placer.ended(live.journey, reason, error)
                 if live.accepted:
                     self.attempts[reason.value if reason is not None else "failed"] += 1
                 self._forget(live)
@@ -258,8 +258,9 @@ class Dispatcher:
             live.keys,
             slo=journey.spec.slo,
             output_tokens=self.placer.answer(journey.spec, so_far),
+            now=self._clock.now(),
         )
-        choice = self.placer.decide(situation, need).place
+        choice = self.placer.decide(situation, need, journey).place
         if isinstance(choice, Nobody):
             self._wait(live, urgent=journey.facts.sent_at is not None)
             live.inbox.append(ev.NoPlace(choice.reason, choice.busy))

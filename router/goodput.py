@@ -27,14 +27,22 @@ NEAR = 0.9
 
 
 class Forecast(NamedTuple):
-    """`harmed`: requests running there that the newcomer pushes over a limit like its own."""
+    """`gap_s` with what the hand-off adds to the slowest tenth of gaps, `tpot_s` with what it adds to their mean.
+    `harmed`: requests running there that the newcomer pushes over a limit like its own."""
 
     pair: Pair
-    ttft_s: float
+    queue_s: float
+    prefill_s: float
+    transfer_s: float
     gap_s: float
+    tpot_s: float
     harmed: float
     load: float
     """Ties go to the less loaded."""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.queue_s + self.prefill_s
 
 
 class Goodput(Scored):
@@ -48,26 +56,17 @@ class Goodput(Scored):
         if not forecasts:
             return fixed
         ranked = sorted(forecasts, key=lambda forecast: _rank(forecast, need))
-        return Decision(ranked[0].pair, tuple(_candidate(forecast, need) for forecast in ranked[:BEST_OF_EACH]))
+        candidates = tuple(_candidate(forecast, need) for forecast in ranked[:BEST_OF_EACH])
+        return Decision(ranked[0].pair, candidates, _why(candidates))
 
     def _pairs(self, situation: Situation, need: Need) -> list[Forecast]:
         prefill, decode = situation.prefill, situation.decode
         may_prefill = prefill.allowed(need.avoid) & window_open(prefill, need.tokens)
         may_decode = decode.allowed(need.avoid) & _has_room(decode, need)
-        cached = matched_tokens(situation, prefill, need)
-        ttft_s = prefill.queue_s() + prefill.prefill_s(need.tokens - cached, cached)
-        gap_s = decode.gap_s(1.0, need.tokens + need.output_tokens / 2)
-        harmed = _harmed(decode, gap_s, need)
-        forecasts = []
-        for p in _best(ttft_s, may_prefill):
-            last_chunk = min(need.tokens - cached[p], CHUNK_TOKENS)
-            exposed_s = LINK_LATENCY_S + last_chunk * situation.token_bytes / LINK_BYTES_PER_S
-            for d in _best(gap_s + 1e-9 * decode.running, may_decode):
-                stall_s = exposed_s / max(1.0, need.output_tokens / 10)  # one of the slowest tenth of gaps
-                pair = Pair(prefill.names[p], decode.names[d])
-                load = float(prefill.waiting_tokens[p] + decode.running[d])
-                forecasts.append(Forecast(pair, float(ttft_s[p]), float(gap_s[d] + stall_s), float(harmed[d]), load))
-        return forecasts
+        split = _Split(situation, need)
+        first = _best(split.queue_s + split.prefill_s, may_prefill)
+        then = _best(split.gap_s + 1e-9 * decode.running, may_decode)
+        return [split.of(p, d) for p in first for d in then]
 
     def _wholes(self, situation: Situation, need: Need) -> list[Forecast]:
         """Everything on one worker: a colocated one, or a decode worker when its prefill beside decodes harms nobody."""
@@ -75,21 +74,84 @@ class Goodput(Scored):
         for pool in (situation.whole, situation.decode):
             if not len(pool):
                 continue
-            cached = matched_tokens(situation, pool, need)
-            new = need.tokens - cached
-            chunk = np.minimum(new, CHUNK_TOKENS)
-            steps = np.ceil((new + pool.waiting_tokens) / CHUNK_TOKENS)
-            beside_s = steps * (pool.gap_s() - pool.cost.base_s)  # the decodes that run along
-            ttft_s = pool.queue_s() + pool.prefill_s(new, cached) + beside_s
-            gap_s = pool.gap_s(1.0, need.tokens + need.output_tokens / 2)
-            harmed = np.where(pool.running > 0, _harmed(pool, pool.gap_s() + pool.cost.prefill_token_s * chunk, need), 0.0)
+            whole = _Whole(situation, pool, need)
             allowed = pool.allowed(need.avoid) & _has_room(pool, need)
             if pool is situation.decode:  # its streams would feel the prompt: only where that is hardly more than a gap
-                allowed &= (pool.running == 0) | (pool.cost.prefill_token_s * new <= pool.gap_s())
-            for row in _best(ttft_s + need.output_tokens * gap_s, allowed):
-                pair, load = Pair(None, pool.names[row]), float(pool.waiting_tokens[row] + pool.running[row])
-                forecasts.append(Forecast(pair, float(ttft_s[row]), float(gap_s[row]), float(harmed[row]), load))
+                allowed &= (pool.running == 0) | (pool.cost.prefill_token_s * whole.new <= pool.gap_s())
+            total_s = whole.queue_s + whole.prefill_s + need.output_tokens * whole.gap_s
+            forecasts += [whole.of(row) for row in _best(total_s, allowed)]
         return forecasts
+
+
+def forecast(situation: Situation, need: Need, pair: Pair) -> Candidate | None:
+    """What is predicted of a place that another policy chose; None when its workers are not in the situation."""
+    made = None
+    if pair.prefill is not None:
+        p, d = situation.prefill.row.get(pair.prefill), situation.decode.row.get(pair.decode)
+        made = _Split(situation, need).of(p, d) if p is not None and d is not None else None
+    else:
+        for pool in (situation.whole, situation.decode):
+            if made is None and (row := pool.row.get(pair.decode)) is not None:
+                made = _Whole(situation, pool, need).of(row)
+    return _candidate(made, need) if made is not None else None
+
+
+class _Split:
+    """Prefill and decode on two workers: columns of either pool, then any pair of rows exactly."""
+
+    def __init__(self, situation: Situation, need: Need) -> None:
+        self._prefill, self._decode, self._need = situation.prefill, situation.decode, need
+        self._token_bytes = situation.token_bytes
+        cached = matched_tokens(situation, self._prefill, need)
+        self._new = need.tokens - cached
+        self.queue_s = self._prefill.queue_s()
+        self.prefill_s = self._prefill.prefill_s(self._new, cached)
+        self.gap_s = self._decode.gap_s(1.0, need.tokens + need.output_tokens / 2)
+        self._harmed = _harmed(self._decode, self.gap_s, need)
+
+    def of(self, p: int, d: int) -> Forecast:
+        prefill, decode, need = self._prefill, self._decode, self._need
+        last_chunk = min(float(self._new[p]), CHUNK_TOKENS)
+        exposed_s = LINK_LATENCY_S + last_chunk * self._token_bytes / LINK_BYTES_PER_S
+        gap_s = float(self.gap_s[d])
+        return Forecast(
+            Pair(prefill.names[p], decode.names[d]),
+            float(self.queue_s[p]),
+            float(self.prefill_s[p]),
+            exposed_s,
+            gap_s + exposed_s / max(1.0, need.output_tokens / 10),  # one of the slowest tenth of gaps
+            gap_s + exposed_s / max(1.0, need.output_tokens - 1.0),
+            float(self._harmed[d]),
+            float(prefill.waiting_tokens[p] + decode.running[d]),
+        )
+
+
+class _Whole:
+    """Everything on one worker of `pool`, beside what decodes there."""
+
+    def __init__(self, situation: Situation, pool: Pool, need: Need) -> None:
+        self._pool = pool
+        cached = matched_tokens(situation, pool, need)
+        self.new = need.tokens - cached
+        chunk = np.minimum(self.new, CHUNK_TOKENS)
+        steps = np.ceil((self.new + pool.waiting_tokens) / CHUNK_TOKENS)
+        self.queue_s = pool.queue_s()
+        self.prefill_s = pool.prefill_s(self.new, cached) + steps * (pool.gap_s() - pool.cost.base_s)  # decodes run along
+        self.gap_s = pool.gap_s(1.0, need.tokens + need.output_tokens / 2)
+        self._harmed = np.where(pool.running > 0, _harmed(pool, pool.gap_s() + pool.cost.prefill_token_s * chunk, need), 0.0)
+
+    def of(self, row: int) -> Forecast:
+        pool, gap_s = self._pool, float(self.gap_s[row])
+        return Forecast(
+            Pair(None, pool.names[row]),
+            float(self.queue_s[row]),
+            float(self.prefill_s[row]),
+            0.0,
+            gap_s,
+            gap_s,
+            float(self._harmed[row]),
+            float(pool.waiting_tokens[row] + pool.running[row]),
+        )
 
 
 def _harmed(pool: Pool, gap_s: Column, need: Need) -> Column:
@@ -134,4 +196,25 @@ def _rank(forecast: Forecast, need: Need) -> tuple[float, float, float, float, s
 def _candidate(forecast: Forecast, need: Need) -> Candidate:
     missed, over, total_s, *_ = _rank(forecast, need)
     reason = f"misses {missed:g}" if missed else "within limits"
-    return Candidate(forecast.pair, forecast.ttft_s, forecast.gap_s, total_s, f"{reason}, {over:.0%} over" if over else reason)
+    return Candidate(
+        forecast.pair,
+        forecast.ttft_s,
+        forecast.gap_s,
+        total_s,
+        f"{reason}, {over:.0%} over" if over else reason,
+        queue_s=forecast.queue_s,
+        prefill_s=forecast.prefill_s,
+        transfer_s=forecast.transfer_s,
+        tpot_s=forecast.tpot_s,
+    )
+
+
+def _why(candidates: tuple[Candidate, ...]) -> str:
+    """The best one against the next."""
+    best, *others = candidates
+    if not others:
+        return f"the only place; {best.reason}"
+    if best.reason != others[0].reason:
+        return f"{best.reason}; the next one {others[0].reason}"
+    sooner_ms = (others[0].score - best.score) * 1e3
+    return f"{best.reason}; its last token {sooner_ms:.0f} ms before that of the next one"

@@ -1,20 +1,30 @@
-"""What it takes to place a request: the situation as it changes, the index of prefixes, the policy's choice."""
+"""What it takes to place a request: the situation as it changes, the index of prefixes, the policy's choice, and its memory."""
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import replace
 
 from core.blocks import BlockKey
+from core.errors import TandemError
 from core.request import FinishReason
 from router.attempt import JourneySpec
+from router.decisions import Decisions, Explanation, Outcome
+from router.goodput import forecast
+from router.journey import Journey
 from router.lengths import Lengths
-from router.policy import Decision, Need, Policy
+from router.policies import name_of
+from router.policy import Decision, Need, Pair, Policy
+from router.prediction import PredictionErrors
 from router.prefix_index import PrefixIndex
 from router.situation import Situation
 from router.view import Claim, Claims, ClusterView
 
+log = logging.getLogger(__name__)
+
 INDEX_BLOCKS_MAX = 1_000_000
+CLASS_UNNAMED = "standard"
 
 
 class Placer:
@@ -26,7 +36,10 @@ class Placer:
     def __init__(self, policy: Policy, stale_after_s: float, draws: random.Random) -> None:
         self.claims = Claims()
         self.index = PrefixIndex(INDEX_BLOCKS_MAX)
+        self.decisions = Decisions()
+        self.errors = PredictionErrors()
         self._policy = policy
+        self._policy_name = name_of(policy)
         self._stale_after_s = stale_after_s
         self._draws = draws
         self._lengths = Lengths()
@@ -43,18 +56,35 @@ class Placer:
         """Of the prompt's full blocks, for a policy that looks at them."""
         return situation.prompt_keys(spec.prompt, spec.cache_salt) if self._policy.wants_keys else ()
 
-    def decide(self, situation: Situation, need: Need) -> Decision:
-        return self._policy.decide(situation, replace(need, draw=self._draws.getrandbits(64)))
+    def decide(self, situation: Situation, need: Need, journey: Journey) -> Decision:
+        """The policy's choice, kept with what is predicted of it: also where the policy itself predicts nothing."""
+        need = replace(need, draw=self._draws.getrandbits(64))
+        decision = self._policy.decide(situation, need)
+        if isinstance(decision.place, Pair) and not decision.candidates:
+            candidate = forecast(situation, need, decision.place)
+            decision = replace(decision, candidates=(candidate,) if candidate is not None else ())
+        about = _about(journey.spec, self._policy_name, need)
+        kept = self.decisions.decided(about, need.now - journey.facts.arrived_at, decision)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("request %s: %s", about.request_id, kept.last)
+        return decision
 
     def answer(self, spec: JourneySpec, so_far: int) -> int:
         """Tokens that its answer will probably still have."""
         assert spec.sampling.max_tokens is not None, "the front resolved it"
         return self._lengths.predict(_group(spec), spec.sampling.max_tokens, so_far).median - so_far
 
-    def ended(self, spec: JourneySpec, tokens: int, reason: FinishReason | None) -> None:
-        """A journey ended with so many tokens; what was cut short says nothing about lengths."""
+    def ended(self, journey: Journey, reason: FinishReason | None, error: TandemError | None) -> None:
+        """A journey is over; what was cut short says nothing about lengths."""
+        tokens, facts = len(journey.log), journey.facts
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self._lengths.ended(_group(spec), tokens)
+            self._lengths.ended(_group(journey.spec), tokens)
+        finish, message = (error.code, error.message) if error is not None else (reason.value if reason else "", "")
+        timing = facts.timing(facts.finished_at or facts.arrived_at)
+        outcome = Outcome(finish, timing, tokens, facts.cached_tokens, facts.failovers, facts.placement, message)
+        known = self.decisions.ended(journey.spec.request_id, outcome)
+        if known is not None and error is None:
+            self.errors.ended(known)
 
     def moved(self, old: Claim, new: Claim) -> None:
         """A journey left `old` and occupies `new`."""
@@ -73,6 +103,10 @@ class Placer:
 
     def _see(self, view: ClusterView, connected: frozenset[str]) -> Situation:
         return Situation(view, connected, self.claims, self.index, self._stale_after_s)
+
+
+def _about(spec: JourneySpec, policy: str, need: Need) -> Explanation:
+    return Explanation(spec.request_id, policy, CLASS_UNNAMED, spec.slo, len(spec.prompt), need.output_tokens)
 
 
 def _group(spec: JourneySpec) -> str:

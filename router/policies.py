@@ -30,3 +30,8 @@ def make_policy(name: str) -> Policy:
     if name not in POLICIES:
         raise ConfigError(f"router.policy {name!r} is not known; choose one of {', '.join(sorted(POLICIES))}")
     return POLICIES[name]()
+
+
+def name_of(policy: Policy) -> str:
+    """The name it is chosen by; that of its class for one that is not in the list."""
+    return next((name for name, kind in POLICIES.items() if kind is type(policy)), type(policy).__name__)

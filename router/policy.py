@@ -33,7 +33,7 @@ class Need:
     """What is to be placed: tokens to compute, workers not to use, and where its siblings are (their prompt is cached).
 
     `keys` are those of the prompt's full blocks, empty unless the policy asks for them. `draw` is a number from 0 to
-    2^64 − 1, for policies that leave something to chance. `output_tokens` may still be generated.
+    2^64 − 1, for policies that leave something to chance. `output_tokens` may still be generated. `now` is the time.
     """
 
     tokens: int
@@ -43,6 +43,7 @@ class Need:
     draw: int = 0
     slo: Slo = NO_LIMITS
     output_tokens: int = 0
+    now: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +56,32 @@ class Nobody:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A placement that was looked at, and what was predicted of it."""
+    """A placement that was looked at, and what was predicted of it.
+
+    `ttft_s` from the decision to the first token: `overhead_s` of router and sessions, `queue_s` behind other prompts,
+    `prefill_s` of its own. `gap_s` is comparable with a TBT limit, `tpot_s` with one of mean gaps; `transfer_s` is what the
+    hand-off adds to the first gap.
+    """
 
     pair: Pair
     ttft_s: float
     gap_s: float
     score: float
     reason: str = ""
+    overhead_s: float = 0.0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    tpot_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`candidates`: the best ones first, from policies that predict."""
+    """`candidates`: the best ones first, from policies that predict. `reason`: why this place, for who asks later."""
 
     place: Pair | Nobody
     candidates: tuple[Candidate, ...] = ()
+    reason: str = ""
 
 
 class Policy(Protocol):
@@ -102,7 +114,8 @@ class Scored:
         return (whole_cost(pool),)
 
     def decide(self, situation: Situation, need: Need) -> Decision:
-        return Decision(self._choose(situation, need))
+        place = self._choose(situation, need)
+        return Decision(place, reason=_why(place, need))
 
     def _choose(self, situation: Situation, need: Need) -> Pair | Nobody:
         prefill, decode, whole = situation.prefill, situation.decode, situation.whole
@@ -153,6 +166,12 @@ def why_nobody(situation: Situation, need: Need) -> Nobody:
 def _pick(scores: tuple[Column, ...], mask: Mask) -> int | None:
     first, *ties = scores
     return best(first, mask, *ties)
+
+
+def _why(place: Pair | Nobody, need: Need) -> str:
+    if isinstance(place, Nobody):
+        return place.reason
+    return "its other choices run there" if place == need.prefer else "the lowest score of those with room"
 
 
 def _available(pair: Pair, situation: Situation, prefills: Mask, decodes: Mask, wholes: Mask) -> bool:
