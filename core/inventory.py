@@ -316,6 +316,11 @@ class Inventory(BlockTable):
         with self._lock:
             return self._tenant[block]
 
+    def cost_of(self, block: int) -> float:
+        """What computing a committed block again takes, in seconds; 0 when nobody said."""
+        with self._lock:
+            return self._cost_s[block]
+
     def tenants(self) -> dict[bytes, int]:
         """Committed blocks by tenant; empty without shares."""
         with self._lock:

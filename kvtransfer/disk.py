@@ -96,13 +96,14 @@ class DiskTier:
         writer = DiskWriter(store, block_bytes, queue_blocks, max(1, min(BATCH_BYTES // block_bytes, queue_blocks // 2)))
         return cls(store, writer, layout, options)
 
-    def put(self, key: BlockKey, block: Blocks) -> bool:
+    def put(self, key: BlockKey, block: Blocks, tenant: bytes = b"", cost_s: float = 0.0) -> bool:
         """Takes a copy of `block` (uint8 [block_bytes], contiguous) and returns; it is written, and findable, a little later.
 
+        `tenant`, whose it is, and `cost_s`, what computing it again takes, are kept with it; see `DiskTenants` for bounds.
         True when the key is there or on its way. False when it was dropped, and counted: too many wait, or writes are off.
         """
         assert block.nbytes == self._block_bytes, f"a block of {block.nbytes} bytes for {self._block_bytes}"
-        return self._writer.put(key, block)
+        return self._writer.put(key, block, tenant, cost_s)
 
     async def get(self, keys: Sequence[BlockKey], destinations: Sequence[Blocks]) -> list[bool]:
         """Reads each key's bytes straight into its destination (writable, contiguous uint8 [block_bytes]).
@@ -131,6 +132,19 @@ class DiskTier:
     def keys(self) -> list[BlockKey]:
         with self._store.lock:
             return list(self._store.index)
+
+    def find(self, keys: Sequence[BlockKey]) -> list[Record | None]:
+        """What is known of each key, None where it is not here. No use: what stays longest does not change."""
+        with self._store.lock:
+            return [self._store.index.find(key) for key in keys]
+
+    def records(self) -> list[tuple[BlockKey, Record]]:
+        with self._store.lock:
+            return self._store.index.items()
+
+    def now_s(self) -> float:
+        """Unix time, by the clock that tells when blocks were written."""
+        return self._options.now_s()
 
     async def evict(self, key: BlockKey) -> bool:
         """Forgets a block, across restarts too (while writes are on). False when it was not there."""

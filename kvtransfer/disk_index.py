@@ -14,14 +14,21 @@ from typing import NamedTuple
 from core.blocks import BlockKey
 from kvtransfer.segments import Geometry
 
+Tenant = bytes
+
 
 class Record(NamedTuple):
-    """Where a block's bytes are and what their digest must be; never changed, so a stale one cannot name other bytes."""
+    """Where a block's bytes are, what their digest must be, whose it is and what computing it again takes (0: not known).
+
+    Never changed, so a stale one cannot name other bytes. `written_s` is unix time.
+    """
 
     segment: int
     slot: int
     digest: int
     written_s: float
+    tenant: Tenant = b""
+    cost_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -60,6 +67,12 @@ class DiskIndex:
 
     def find(self, key: BlockKey) -> Record | None:
         return self._records.get(key)
+
+    def items(self) -> list[tuple[BlockKey, Record]]:
+        return list(self._records.items())
+
+    def tenants(self) -> set[Tenant]:
+        return {record.tenant for record in self._records.values()}
 
     def use(self, key: BlockKey) -> Record | None:
         """Like `find`, for a read: what is read stays longer."""

@@ -42,7 +42,7 @@ class DiskWriter:
         self._thread = threading.Thread(target=self._run, name="kv-disk-writer", daemon=True)
         self._thread.start()
 
-    def put(self, key: BlockKey, block: Blocks) -> bool:
+    def put(self, key: BlockKey, block: Blocks, tenant: bytes, cost_s: float) -> bool:
         """Takes a copy. False when it will not be written: writes are off, or too many wait."""
         stats = self._store.stats
         with self._changed:
@@ -59,7 +59,7 @@ class DiskWriter:
             self._wanted[key] = span
         np.copyto(self._spans[span], block)
         with self._changed:
-            self._queue.append(_Staged(key, self._spans[span], span))
+            self._queue.append(_Staged(key, self._spans[span], tenant, cost_s, span))
             if len(self._queue) in (1, self._batch_blocks):  # what its thread waits for; waking it for each costs both
                 self._changed.notify_all()
         return True

@@ -24,10 +24,11 @@ from core.blocks import BlockKey, KvLayout
 from core.errors import ConfigError
 from kvtransfer.arena import Blocks
 from kvtransfer.codec import digest_of
-from kvtransfer.disk_index import DiskIndex, Record
+from kvtransfer.disk_index import DiskIndex, Record, Tenant
 from kvtransfer.disk_stats import DiskStats
+from kvtransfer.disk_tenants import DiskTenants
 from kvtransfer.segment_file import FileCalls, SegmentFile, segment_files
-from kvtransfer.segments import Geometry, directory_name, pack_slot
+from kvtransfer.segments import Geometry, SlotHeader, directory_name, pack_slot
 
 log = logging.getLogger(__name__)
 PIECE_BYTES = 4 * 2**20  # written at a time
@@ -38,6 +39,8 @@ KEEP_BYTES_MAX = 32 * 2**20  # copied out of one segment before it is dropped
 class Written:
     key: BlockKey
     bytes: Blocks  # [block_bytes], not to change until `append` is back
+    tenant: Tenant
+    cost_s: float
 
 
 class SegmentStore:
@@ -58,6 +61,7 @@ class SegmentStore:
         self.writes_off = ""
         self._directory, self._layout, self._geometry = directory, layout, geometry
         self._calls, self._now_s = calls, now_s
+        self._tenants = DiskTenants(directory, calls)
         self._files: dict[int, SegmentFile] = {}
         self._active: tuple[SegmentFile, int] | None = None  # where to append, and the next slot
         self._moving: set[BlockKey] = set()  # kept from a dropped segment, not yet written again
@@ -168,6 +172,7 @@ class SegmentStore:
             self._active = None
             self.index = DiskIndex(0)
             self._pool.shutdown(wait=False)
+            self._tenants.close()
             if self._directory_fd >= 0:
                 os.close(self._directory_fd)
                 self._directory_fd = -1
@@ -184,7 +189,10 @@ class SegmentStore:
         records: list[Record] = []
         try:
             for at, piece, written in zip(starts, pieces, writes, strict=True):
-                made = [Record(file.segment, first + at + n, digest_of(b.bytes), now_s) for n, b in enumerate(piece)]
+                made = [
+                    Record(file.segment, first + at + n, digest_of(block.bytes), now_s, block.tenant, block.cost_s)
+                    for n, block in enumerate(piece)
+                ]
                 headers = [self._header(block.key, record) for block, record in zip(piece, made, strict=True)]
                 written.result()
                 file.write_headers(first + at, headers)
@@ -197,7 +205,9 @@ class SegmentStore:
         return records
 
     def _header(self, key: BlockKey, record: Record) -> bytes:
-        return pack_slot(record.segment, record.slot, key, self._geometry.block_bytes, record.digest, record.written_s)
+        tenant = self._tenants.note(record.tenant)
+        header = SlotHeader(record.slot, key, record.digest, record.written_s, tenant, record.cost_s)
+        return pack_slot(record.segment, header, self._geometry.block_bytes)
 
     def _adopt(self, block: Written, record: Record, wanted: Callable[[Written], bool]) -> bool:
         if not wanted(block) or block.key in self.index:  # a second record would outlive an eviction of the first
@@ -233,10 +243,14 @@ class SegmentStore:
                 file = self._files[victim]
                 limit = min(self._geometry.slots // 2, KEEP_BYTES_MAX // self._geometry.block_bytes) - len(kept)
                 places = [(key, self.index.find(key)) for key in self.index.worth_keeping(victim, max(0, limit))]
-            copies = [(key, self._copy(file, record)) for key, record in places if record is not None]
+            copies = [(key, record, self._copy(file, record)) for key, record in places if record is not None]
             file.remove()
             with self.lock:
-                still = [Written(key, copy) for key, copy in copies if copy is not None and key in self.index]
+                still = [
+                    Written(key, copy, record.tenant, record.cost_s)
+                    for key, record, copy in copies
+                    if copy is not None and key in self.index
+                ]
                 self._moving.update(block.key for block in still)
                 kept += still
                 gone = self.index.drop_segment(victim)
@@ -257,6 +271,10 @@ class SegmentStore:
         """Scans every file, newest last. What cannot be repaired for want of writing is left out of the index instead."""
         if not os.access(self._directory, os.W_OK, effective_ids=True):
             self.turn_off(OSError(errno.EROFS, "the directory is read-only or belongs to another user"))
+        try:
+            self._tenants.read()
+        except OSError as error:
+            log.warning("whose the blocks in %s are cannot be read (%s); they are nobody's", self._directory, error)
         stale: list[Record] = []
         for path in segment_files(self._directory):
             self._newest = max(self._newest, int(path.stem, 16))
@@ -268,6 +286,8 @@ class SegmentStore:
         for record in stale:
             self._repair(partial(self._files[record.segment].clear, record.slot))
         self._repair(self._trim)
+        if not self.writes_off:
+            self._tenants.keep(self.index.tenants())
 
     def _adopt_file(self, path: Path) -> list[Record]:
         """Adds a file's records; returns those elsewhere that they replace. Raises OSError: nothing was added."""
@@ -286,7 +306,10 @@ class SegmentStore:
         self.index.add_segment(file.segment, file.geometry, used)
         stale = [old for slot in slots if (old := self.index.find(slot.key)) is not None]
         for slot in slots:
-            self.index.add(slot.key, Record(file.segment, slot.slot, slot.digest, slot.written_s))
+            tenant = self._tenants.name(slot.tenant_number)
+            self.index.add(
+                slot.key, Record(file.segment, slot.slot, slot.digest, slot.written_s, tenant, max(0.0, slot.cost_s))
+            )
         self._active = (file, used)
         return stale
 

@@ -1,13 +1,15 @@
 """The format of a segment file: one header page, a table of record headers, then the records' bytes. Deciding code.
 
     offset 0                 header page (4096 bytes): magic, version, segment, slots, layout as JSON, xxh3-64 of all that
-    offset 4096              `slots` record headers of 64 bytes: key, length, digest of the bytes, time, xxh3-64 of all that
+    offset 4096              `slots` record headers of 64 bytes: key, length, digest of the bytes, time, number of the tenant,
+                             cost of computing it again, xxh3-64 of all that
     offset `data_offset`     `slots` spans of `block_bytes` bytes, the data of slot n at `data_offset + n * block_bytes`
 
 A file grows at its end, slot after slot; a record's header is written after its bytes. The headers stand together, so an
 index is rebuilt with one read per file and neighbours' bytes are one span. A record counts when its header's checksum
 holds (it is seeded with segment and slot: a header in the wrong place is none) and its bytes lie inside the file; whether
-they are whole is checked each time they are read. Numbers are little-endian.
+they are whole is checked each time they are read. Numbers are little-endian. Files written before headers told tenant and cost
+have zeros there, which say what is true of them: nobody's, cost not known. So they are of the same version.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ VERSION = 1
 HEADER_BYTES = 4096
 SLOT_BYTES = 64
 _HEADER = struct.Struct("<8sIIQI")  # magic, version, slots, segment, length of the layout's JSON
-_SLOT = struct.Struct("<16sQQd16x")  # key, length, digest, unix time of writing
+_SLOT = struct.Struct("<16sQQdQd")  # key, length, digest, unix time of writing, number of the tenant, cost in seconds
 _SUM = struct.Struct("<Q")
 EMPTY_SLOT = bytes(SLOT_BYTES)
 
@@ -38,6 +40,8 @@ class SlotHeader(NamedTuple):
     key: BlockKey
     digest: int
     written_s: float
+    tenant_number: int = 0
+    cost_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +109,10 @@ def read_header(page: bytes, segment: int, layout: KvLayout) -> Geometry | None:
     return Geometry(layout.block_bytes, slots)
 
 
-def pack_slot(segment: int, slot: int, key: BlockKey, length: int, digest: int, written_s: float) -> bytes:
-    assert len(key) == KEY_BYTES, "only full blocks have keys"
-    body = _SLOT.pack(key, length, digest, written_s)
-    return body + _SUM.pack(_slot_sum(body, segment, slot))
+def pack_slot(segment: int, header: SlotHeader, length: int) -> bytes:
+    assert len(header.key) == KEY_BYTES, "only full blocks have keys"
+    body = _SLOT.pack(header.key, length, header.digest, header.written_s, header.tenant_number, header.cost_s)
+    return body + _SUM.pack(_slot_sum(body, segment, header.slot))
 
 
 def read_slots(table: bytes, segment: int, block_bytes: int) -> Iterator[SlotHeader]:
@@ -118,9 +122,9 @@ def read_slots(table: bytes, segment: int, block_bytes: int) -> Iterator[SlotHea
         if entry == EMPTY_SLOT:
             continue
         body, (checksum,) = entry[: _SLOT.size], _SUM.unpack_from(entry, _SLOT.size)
-        key, length, digest, written_s = _SLOT.unpack(body)
+        key, length, digest, written_s, tenant_number, cost_s = _SLOT.unpack(body)
         if checksum == _slot_sum(body, segment, slot) and length == block_bytes:
-            yield SlotHeader(slot, key, digest, written_s)
+            yield SlotHeader(slot, key, digest, written_s, tenant_number, cost_s)
 
 
 def _slot_sum(body: bytes, segment: int, slot: int) -> int:

@@ -11,7 +11,9 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
 from core.blocks import BlockKey, KvLayout
 from core.config import StoreConfig
@@ -20,6 +22,7 @@ from core.inventory import Inventory
 from kvtransfer.arena import Arena
 from kvtransfer.codec import NO_DIGEST, digest_of
 from kvtransfer.disk import DiskOptions, DiskTier
+from kvtransfer.disk_index import Record
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,14 @@ BEHIND_MAX = 65_536  # keys that wait to be written; beyond it the oldest are fo
 PUT_BYTES = 4 * 2**20  # copied to the writer between two turns of the loop
 PROMOTE_BLOCKS = 64  # brought up at a time: a deadline keeps what came before it
 QUEUE_BYTES = 16 * 2**20
+
+
+class _Wanted(NamedTuple):
+    """A block on disk, and what it is charged to and weighed by in memory."""
+
+    key: BlockKey
+    tenant: bytes
+    cost_s: float
 
 
 class StoreDisk:
@@ -81,14 +92,21 @@ class StoreDisk:
     def resident(self) -> list[BlockKey]:
         return self.tier.keys() if self.tier is not None else []
 
+    def records(self) -> list[tuple[BlockKey, Record]]:
+        return self.tier.records() if self.tier is not None else []
+
     async def promote(self, keys: Sequence[BlockKey], deadline_s: float) -> list[int]:
         """Brings up what is on disk, as far as memory and `deadline_s` reach: blocks, a reference for the caller on each."""
         blocks: list[int] = []
-        wanted = [key for key, there in zip(keys, self.contains(keys), strict=True) if there]
+        if self.tier is None:
+            return blocks
+        found = zip(keys, self.tier.find(keys), strict=True)
+        wanted = [_Wanted(key, record.tenant, record.cost_s) for key, record in found if record is not None]
         try:
             async with asyncio.timeout(deadline_s):
-                for start in range(0, len(wanted), PROMOTE_BLOCKS):
-                    blocks += await self._bring_up(wanted[start : start + PROMOTE_BLOCKS])
+                for tenant, theirs in groupby(wanted, key=lambda one: one.tenant):
+                    while part := list(islice(theirs, PROMOTE_BLOCKS)):
+                        blocks += await self._bring_up(part, tenant)
         except (TimeoutError, TransferError, OutOfBlocksError) as error:
             log.debug("%d of %d blocks came up from disk: %s", len(blocks), len(wanted), error)
         except asyncio.CancelledError:
@@ -116,19 +134,20 @@ class StoreDisk:
             pass
         await self.tier.close()
 
-    async def _bring_up(self, keys: Sequence[BlockKey]) -> list[int]:
+    async def _bring_up(self, wanted: Sequence[_Wanted], tenant: bytes) -> list[int]:
+        """Blocks of one tenant, charged to it as when they were offered."""
         assert self.tier is not None, "nothing is on a disk that is not there"
         inventory, view = self._inventory, self._arena.bytes_view()
-        blocks = inventory.allocate(len(keys))
+        blocks = inventory.allocate(len(wanted), tenant=tenant)
         up: list[int] = []
         try:
-            whole = await self.tier.get(keys, [view[block] for block in blocks])
+            whole = await self.tier.get([one.key for one in wanted], [view[block] for block in blocks])
         except BaseException:
             inventory.release(blocks)
             raise
-        for key, block, came in zip(keys, blocks, whole, strict=True):
+        for one, block, came in zip(wanted, blocks, whole, strict=True):
             if came:
-                up.append(inventory.commit(block, key))
+                up.append(inventory.commit(block, one.key, tenant=tenant, cost_s=one.cost_s))
             else:
                 inventory.release([block])
         return up
@@ -160,7 +179,7 @@ class StoreDisk:
         try:
             whole = digest == NO_DIGEST or digest_of(span) == digest
             if whole:
-                return self.tier.put(key, span)
+                return self.tier.put(key, span, self._inventory.tenant_of(block), self._inventory.cost_of(block))
         finally:
             self._inventory.release([block])
         self.spoiled(key)

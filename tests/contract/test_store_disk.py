@@ -156,3 +156,44 @@ async def test_a_block_that_rots_before_it_is_written_never_reaches_the_disk(tmp
         assert plane.disk.contains([good, bad]) == [True, False]
         assert set(await store.client.read([good, bad])) == {good}
         assert (await store.client.stub.Stat(kv_pb2.StatRequest(), timeout=10)).digest_failures == 1
+
+
+async def test_what_comes_up_is_charged_to_whom_it_was_offered_for_and_weighed_as_then(tmp_path):
+    spec = store_spec(tmp_path, tmp_path / "disk", store__tenant_share=0.5, store__policy="cost")
+    mine, ours = keys_of("mine", 8), keys_of("ours", 8)
+
+    def kept(store):
+        found = {entry.key: (entry.tenant, entry.cost_s) for entry in store.node.plane.inventory.entries()}
+        return [found.get(key) for key in mine + ours]
+
+    async with worker_end(tmp_path) as worker:
+        async with store_end(spec) as store:
+            await store.client.offer(worker, mine, tenant=b"acme", cost_s=0.25)
+            await store.client.offer(worker, ours, cost_s=0.5)
+            await written(store, 16)
+            assert await store.node.plane.node.evict(None) == 16, "out of memory, still on disk"
+            assert (await store.client.hold(mine + ours)).promoted == 16
+            assert kept(store) == [(b"acme", 0.25)] * 8 + [(b"", 0.5)] * 8
+            assert store.node.plane.inventory.tenants() == {b"acme": 8, b"": 8}
+            await store.client.drop()
+        async with store_end(replace(spec, epoch=spec.epoch + 1)) as store:
+            assert (await store.client.hold(mine + ours)).promoted == 16
+            assert kept(store) == [(b"acme", 0.25)] * 8 + [(b"", 0.5)] * 8
+            await store.client.drop()
+
+
+async def test_bringing_up_what_is_beyond_a_tenants_share_pushes_out_its_own(tmp_path):
+    spec = store_spec(tmp_path, tmp_path / "disk", store__tenant_share=0.5)
+    async with worker_end(tmp_path) as worker, store_end(spec) as store:
+        total = int(spec.config.store.dram_bytes) // LAYOUT.block_bytes
+        greedy, others = keys_of("greedy", total), keys_of("others", total // 2)
+        for start in range(0, total, 32):
+            await store.client.offer(worker, greedy[start : start + 32], tenant=b"greedy")
+        await written(store, total)
+        await store.client.offer(worker, others, tenant=b"other")
+        assert store.node.plane.inventory.tenants() == {b"greedy": total // 2, b"other": total // 2}
+        for _ in range(3):
+            assert await store.client.read(greedy[: total // 2])
+            assert await store.client.read(greedy[total // 2 :])
+        there = {entry.key for entry in store.node.plane.inventory.entries()}
+        assert there >= set(others), "whoever is within its share loses nothing to what another brings up"

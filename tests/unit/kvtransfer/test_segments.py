@@ -62,7 +62,7 @@ def test_a_header_is_read_back_by_its_own_segment_and_layout_only():
 
 
 def test_slots_are_read_back_and_what_is_torn_or_misplaced_is_passed_over():
-    slots = [pack_slot(3, n, KEYS[n], 100, n + 1, 5.0) for n in range(4)]
+    slots = [pack_slot(3, SlotHeader(n, KEYS[n], n + 1, 5.0), 100) for n in range(4)]
     torn = slots[1][:20] + bytes(SLOT_BYTES - 20)
     table = slots[0] + torn + bytes(SLOT_BYTES) + slots[3]
     assert list(read_slots(table, 3, 100)) == [SlotHeader(0, KEYS[0], 1, 5.0), SlotHeader(3, KEYS[3], 4, 5.0)]
