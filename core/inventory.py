@@ -22,7 +22,7 @@ from threading import Lock
 
 from core.blocks import KEY_BYTES, BlockKey
 from core.errors import OutOfBlocksError
-from core.inventory_changes import Changes
+from core.inventory_changes import ChangeLog, Changes
 from core.inventory_table import BlockCounts, BlockTable, Entry, Evictions, Victim
 from core.request import AttemptKey
 
@@ -110,8 +110,9 @@ class Inventory(BlockTable):
                 self._cost_s[block] = cost_s
                 if self._shares is not None:
                     self._shares.charge(tenant, 1)
-                if self._log.followed:
-                    self._log.came(key)
+                for log in self._logs:
+                    if log.followed:
+                        log.came(key)
             elif resident != block:
                 self._take(resident)
                 self._hits[resident] += 1
@@ -270,15 +271,15 @@ class Inventory(BlockTable):
             keys, digests = self._key, self._digest
             return [Victim(block, keys[block] or b"", digests[block]) for block in self._look_at_next(count)]
 
-    def changes(self, limit: int, *, everything: bool = False) -> Changes:
+    def changes(self, limit: int, *, everything: bool = False, log: ChangeLog | None = None) -> Changes:
         """What became resident and what left since the last call, `limit` keys at most; the rest comes with the next call.
 
-        For one reader. An addition and a removal of one key cancel out. The first call, and one that asks for
-        `everything`, begin anew with all that is resident: see `Changes.lost`.
+        For one reader, and for each that has a log of its own from `follow`. An addition and a removal of one key cancel out.
+        The first call, and one that asks for `everything`, begin anew with all that is resident: see `Changes.lost`.
         """
         assert limit > 0, "a limit of nothing would never get anywhere"
         with self._lock:
-            return self._log.take(limit, self._by_key, everything)
+            return (self._log if log is None else log).take(limit, self._by_key, everything)
 
     def entries(self) -> list[Entry]:
         """All resident blocks, in the order in which they were committed."""

@@ -90,6 +90,7 @@ class BlockTable:
         self._looked_at: dict[int, float] = {}
         self._leases = Leases()
         self._log = ChangeLog()
+        self._logs: tuple[ChangeLog, ...] = (self._log,)
         self._clock = clock
         self.evictions = Evictions()
         ranks = self._ranks = make_ranks(policy, self._hits, self._cost_s)
@@ -98,6 +99,15 @@ class BlockTable:
         if tenant_share < 1:
             limit = max(1, int(num_blocks * tenant_share))
             self._idle = self._shares = SharedQueue(lambda: make_queue(ranks), self._tenant, limit)
+
+    def follow(self) -> ChangeLog:
+        """One more reader of changes, until `unfollow`; both from one thread. Each costs every commit and eviction a little."""
+        self._logs = (*self._logs, log := ChangeLog())
+        return log
+
+    def unfollow(self, log: ChangeLog) -> None:
+        """Idempotent."""
+        self._logs = tuple(other for other in self._logs if other is not log)
 
     def _now(self) -> float:
         return 0.0 if self._clock is None else self._clock()
@@ -111,8 +121,9 @@ class BlockTable:
         self._hits[block] = 0
         if self._clock is not None:
             self.evictions.idle_s.observe(now - since)
-        if self._log.followed:
-            self._log.went(key)
+        for log in self._logs:
+            if log.followed:
+                log.went(key)
         if self._ranks is not None:
             self._ranks.forget(block)
             self._cost_s[block] = 0.0
@@ -233,6 +244,6 @@ class BlockTable:
     def _check_keys(self) -> None:
         committed = {key: block for block, key in enumerate(self._key) if key is not None}
         assert committed == self._by_key, "the key index and the blocks disagree"
-        assert len(self._log) <= 2 * self._total, "changes pile up"
+        assert all(len(log) <= 2 * self._total for log in self._logs), "changes pile up"
         if self._shares is not None:
             self._shares.check([self._tenant[block] for block in committed.values()])

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from core.blocks import KEY_BYTES, BlockRecord, Closing, KvLayout, KvSource, KvTicket
 from core.cost_model import Fit, StepCost
 from core.errors import InvalidRequestError
+from core.kv_changes import KvChanges
 from core.request import AttemptKey, AttemptTiming, FinishReason, TokenEvent, WorkerRole, WorkItem
 from tandem._convert import sampling_to_pb as sampling_to_pb  # the SDK sends the same message
 from tandem.sampling import SamplingParams
@@ -252,6 +253,22 @@ def record_from_pb(message: kv.BlockRecord) -> BlockRecord:
         digest=message.digest,
         num_tokens=message.num_tokens,
     )
+
+
+def changes_to_pb(changes: KvChanges) -> common.KvChanges:
+    return common.KvChanges(**asdict(changes))
+
+
+def changes_from_pb(message: common.KvChanges) -> KvChanges:
+    """Raises InvalidRequestError for what no node of ours sends."""
+    return KvChanges(
+        message.stream,
+        message.sequence,
+        message.added_dram,
+        message.added_disk,
+        message.removed_dram,
+        message.removed_disk,
+    ).check()
 
 
 def fit_to_pb(fit: Fit) -> cluster.StepCost:

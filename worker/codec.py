@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from core.errors import InvalidRequestError
+from core.kv_changes import KvChanges
 from core.request import AttemptKey, TokenEvent
 from core.wire import (
+    changes_to_pb,
     finish_to_pb,
     item_from_pb,
     key_from_pb,
@@ -21,6 +23,7 @@ from worker.messages import (
     CancelAttempt,
     Command,
     Event,
+    FollowKv,
     GenerateLocal,
     Hello,
     Joined,
@@ -49,6 +52,8 @@ def command_from_pb(message: pb.SessionCommand) -> Command:
             return OpenHandoff(key_from_pb(message.open_handoff.key), ticket_from_pb(message.open_handoff.ticket))
         case "cancel":
             return CancelAttempt(key_from_pb(message.cancel.key))
+        case "follow_kv":
+            return FollowKv(message.follow_kv.stream)
     raise InvalidRequestError("the command is empty or newer than this worker; are both sides the same version?")
 
 
@@ -81,6 +86,8 @@ def event_to_pb(event: Event) -> pb.SessionEvent:
         case AttemptFailed(key, code, text, retryable):
             failed = pb.AttemptFailed(key=key_to_pb(key), code=code, message=text, retryable=retryable)
             return pb.SessionEvent(failed=failed)
+        case KvChanges():
+            return pb.SessionEvent(kv_changes=changes_to_pb(event))
 
 
 def _step_to_pb(tokens: Iterable[TokenEvent]) -> pb.SessionEvent:

@@ -70,6 +70,11 @@ class RouterLinks:
         self.table.disconnected(peer, link.lease_s, self._clock.now())
         self._forget_if_idle(peer)
 
+    def backlog(self, peer: Peer) -> int | None:
+        """Events that this router has yet to read; None when it has no session."""
+        link = self._links.get(peer)
+        return len(link.outbox) if link is not None and link.attached else None
+
     def expire(self) -> None:
         """Called now and then: ends the attempts of routers that stayed away too long."""
         self._stop(self.table.expire(self._clock.now()), "orphaned")

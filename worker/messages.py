@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.blocks import KvTicket
+from core.kv_changes import KvChanges
 from core.request import AttemptKey, AttemptTiming, TokenEvent, WorkItem
 
 
@@ -56,9 +57,16 @@ class CancelAttempt:
     key: AttemptKey
 
 
+@dataclass(frozen=True, slots=True)
+class FollowKv:
+    """The router wants to hear of this worker's blocks, from the beginning."""
+
+    stream: int
+
+
 Opening = StartPrefill | Reserve | GenerateLocal
 """Commands that bring a new attempt to a worker."""
-Command = Hello | Opening | OpenHandoff | CancelAttempt
+Command = Hello | Opening | OpenHandoff | CancelAttempt | FollowKv
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,4 +114,4 @@ class AttemptFailed:
 
 AttemptEvent = Reserved | Opened | PrefillDone | Joined | AttemptFailed
 """Events about one attempt."""
-Event = Hello | StepTokens | AttemptEvent
+Event = Hello | StepTokens | KvChanges | AttemptEvent

@@ -14,11 +14,13 @@ from core.request import AttemptKey
 from tandem.v1 import common_pb2 as pb
 from worker.attempts import Peer
 from worker.codec import command_from_pb, event_to_pb, key_of
+from worker.kv_feeds import KvFeeds
 from worker.links import RouterLinks
 from worker.messages import (
     AttemptFailed,
     CancelAttempt,
     Command,
+    FollowKv,
     GenerateLocal,
     Hello,
     OpenHandoff,
@@ -55,11 +57,19 @@ class SessionServicer:
     """Serves routers. An attempt outlives its session by the lease of the hello, see RouterLinks."""
 
     def __init__(
-        self, worker_id: str, epoch: int, links: RouterLinks, handler: Handler, *, slow_router_s: float = SLOW_ROUTER_S
+        self,
+        worker_id: str,
+        epoch: int,
+        links: RouterLinks,
+        handler: Handler,
+        kv: KvFeeds | None = None,
+        *,
+        slow_router_s: float = SLOW_ROUTER_S,
     ) -> None:
         self._hello = Hello(worker_id, epoch)
         self._links = links
         self._handler = handler
+        self._kv = kv
         self._slow_router_s = slow_router_s
 
     async def Session(self, requests: AsyncIterator[pb.SessionCommand], context: Context) -> None:
@@ -133,6 +143,9 @@ class SessionServicer:
                     self._links.reply(peer, AttemptFailed(key, "unavailable", "nothing is reserved for this attempt", True))
             case StartPrefill() | Reserve() | GenerateLocal():
                 self._open(command, peer)
+            case FollowKv(stream):
+                if self._kv is not None:
+                    self._kv.follow(peer, stream)
             case Hello():
                 raise InvalidRequestError("a session has one hello, its first command")
 

@@ -27,6 +27,7 @@ from engine.role import Role
 from kvtransfer.arena import host_id
 from worker.bridge import EngineThread
 from worker.collectors import WorkerMetrics
+from worker.kv_feeds import KvFeeds
 from worker.links import RouterLinks
 from worker.node import Node, build_node
 from worker.session import Handler, SessionServicer
@@ -128,6 +129,7 @@ class _Shell:
         self._measure: Callable[[WorkerReport], WorkerReport] = lambda report: report
         self._draining = asyncio.Event()
         self._server: GrpcServer | None = None
+        self._poke: Callable[[], None] = lambda: None
         self.reporter = Reporter(spec, lambda: self._measure(self._said), self._on_drain)
 
     async def load(self) -> Node:
@@ -187,15 +189,25 @@ class _Shell:
     @contextlib.asynccontextmanager
     async def _listening(self, base: Base, parts: Parts) -> AsyncIterator[tuple[GrpcServer, MetricsServer]]:
         spec = self._spec
-        session = SessionServicer(spec.worker_id, spec.epoch, base.links, parts.handler)
+        feeds = KvFeeds(base.node.inventory, base.links)
+        session = SessionServicer(spec.worker_id, spec.epoch, base.links, parts.handler, feeds)
         metrics_address = f"{spec.listen.rpartition(':')[0]}:0"
         sources = (WorkerMetrics(base.engine, base.node.inventory, base.links), parts)
-        base.engine.start(parts.on_step)
-        async with (
-            MetricsServer(metrics_address, sources) as metrics,
-            serve(spec.listen, *parts.registrations(session), grace_s=SERVER_GRACE_S) as server,
-        ):
-            yield server, metrics
+
+        def on_step(output: StepOutput, started: float) -> None:
+            parts.on_step(output, started)
+            feeds.poke()
+
+        base.engine.start(on_step)
+        self._poke = feeds.poke
+        try:
+            async with (
+                MetricsServer(metrics_address, sources) as metrics,
+                serve(spec.listen, *parts.registrations(session), grace_s=SERVER_GRACE_S) as server,
+            ):
+                yield server, metrics
+        finally:
+            feeds.close()
 
     async def _finish(self, links: RouterLinks, engine: EngineThread) -> None:
         """No new attempts; those that run end by themselves or, when the grace time is over, by us."""
@@ -221,6 +233,7 @@ class _Shell:
             await asyncio.sleep(TICK_S)
             links.expire()
             parts.tick()
+            self._poke()  # blocks come and go without steps too
 
     async def _drain(self, links: RouterLinks) -> None:
         """A drain ordered by the controller: it stops us once our reports say that nothing runs here."""

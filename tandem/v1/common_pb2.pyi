@@ -222,21 +222,29 @@ class CancelAttempt(_message.Message):
     key: AttemptKey
     def __init__(self, key: _Optional[_Union[AttemptKey, _Mapping]] = ...) -> None: ...
 
+class FollowKv(_message.Message):
+    __slots__ = ("stream",)
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    stream: int
+    def __init__(self, stream: _Optional[int] = ...) -> None: ...
+
 class SessionCommand(_message.Message):
-    __slots__ = ("hello", "start_prefill", "reserve", "open_handoff", "generate_local", "cancel")
+    __slots__ = ("hello", "start_prefill", "reserve", "open_handoff", "generate_local", "cancel", "follow_kv")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     START_PREFILL_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     OPEN_HANDOFF_FIELD_NUMBER: _ClassVar[int]
     GENERATE_LOCAL_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    FOLLOW_KV_FIELD_NUMBER: _ClassVar[int]
     hello: SessionHello
     start_prefill: StartPrefill
     reserve: Reserve
     open_handoff: OpenHandoff
     generate_local: GenerateLocal
     cancel: CancelAttempt
-    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., open_handoff: _Optional[_Union[OpenHandoff, _Mapping]] = ..., generate_local: _Optional[_Union[GenerateLocal, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ...) -> None: ...
+    follow_kv: FollowKv
+    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., open_handoff: _Optional[_Union[OpenHandoff, _Mapping]] = ..., generate_local: _Optional[_Union[GenerateLocal, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ..., follow_kv: _Optional[_Union[FollowKv, _Mapping]] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("key", "granted", "reason", "cached_tokens")
@@ -314,8 +322,24 @@ class AttemptFailed(_message.Message):
     retryable: bool
     def __init__(self, key: _Optional[_Union[AttemptKey, _Mapping]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ...) -> None: ...
 
+class KvChanges(_message.Message):
+    __slots__ = ("stream", "sequence", "added_dram", "added_disk", "removed_dram", "removed_disk")
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ADDED_DRAM_FIELD_NUMBER: _ClassVar[int]
+    ADDED_DISK_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_DRAM_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_DISK_FIELD_NUMBER: _ClassVar[int]
+    stream: int
+    sequence: int
+    added_dram: bytes
+    added_disk: bytes
+    removed_dram: bytes
+    removed_disk: bytes
+    def __init__(self, stream: _Optional[int] = ..., sequence: _Optional[int] = ..., added_dram: _Optional[bytes] = ..., added_disk: _Optional[bytes] = ..., removed_dram: _Optional[bytes] = ..., removed_disk: _Optional[bytes] = ...) -> None: ...
+
 class SessionEvent(_message.Message):
-    __slots__ = ("hello", "reserved", "opened", "tokens", "prefill_done", "joined", "failed")
+    __slots__ = ("hello", "reserved", "opened", "tokens", "prefill_done", "joined", "failed", "kv_changes")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
@@ -323,6 +347,7 @@ class SessionEvent(_message.Message):
     PREFILL_DONE_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    KV_CHANGES_FIELD_NUMBER: _ClassVar[int]
     hello: SessionHello
     reserved: Reserved
     opened: Opened
@@ -330,4 +355,5 @@ class SessionEvent(_message.Message):
     prefill_done: PrefillDone
     joined: Joined
     failed: AttemptFailed
-    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ...) -> None: ...
+    kv_changes: KvChanges
+    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., kv_changes: _Optional[_Union[KvChanges, _Mapping]] = ...) -> None: ...

@@ -189,6 +189,12 @@ class OfferReply(_message.Message):
     refused: int
     def __init__(self, taken: _Optional[int] = ..., known: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...
 
+class ChangesRequest(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
 class StatRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

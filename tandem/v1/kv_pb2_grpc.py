@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 from tandem.v1 import kv_pb2 as tandem_dot_v1_dot_kv__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -58,6 +59,11 @@ class KvStub:
                 '/tandem.v1.Kv/Offer',
                 request_serializer=tandem_dot_v1_dot_kv__pb2.OfferRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_kv__pb2.OfferReply.FromString,
+                _registered_method=True)
+        self.Changes = channel.unary_stream(
+                '/tandem.v1.Kv/Changes',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.ChangesRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_common__pb2.KvChanges.FromString,
                 _registered_method=True)
         self.Stat = channel.unary_unary(
                 '/tandem.v1.Kv/Stat',
@@ -119,6 +125,13 @@ class KvServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Changes(self, request, context):
+        """For routers: what is resident at a store node, and from then on what changes. Workers say it on their sessions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stat(self, request, context):
         """For operators.
         """
@@ -171,6 +184,11 @@ def add_KvServicer_to_server(servicer, server):
                     servicer.Offer,
                     request_deserializer=tandem_dot_v1_dot_kv__pb2.OfferRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_kv__pb2.OfferReply.SerializeToString,
+            ),
+            'Changes': grpc.unary_stream_rpc_method_handler(
+                    servicer.Changes,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.ChangesRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_common__pb2.KvChanges.SerializeToString,
             ),
             'Stat': grpc.unary_unary_rpc_method_handler(
                     servicer.Stat,
@@ -328,6 +346,33 @@ class Kv:
             '/tandem.v1.Kv/Offer',
             tandem_dot_v1_dot_kv__pb2.OfferRequest.SerializeToString,
             tandem_dot_v1_dot_kv__pb2.OfferReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Changes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.v1.Kv/Changes',
+            tandem_dot_v1_dot_kv__pb2.ChangesRequest.SerializeToString,
+            tandem_dot_v1_dot_common__pb2.KvChanges.FromString,
             options,
             channel_credentials,
             insecure,

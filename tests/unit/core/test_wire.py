@@ -10,6 +10,7 @@ from core import wire
 from core.blocks import BlockRecord, Closing, KvLayout, KvSource, KvTicket
 from core.cost_model import Fit, StepCost
 from core.errors import InvalidRequestError
+from core.kv_changes import KvChanges
 from core.request import AttemptKey, AttemptTiming, FinishReason, TokenEvent, WorkerRole, WorkItem
 from tandem.sampling import SamplingParams
 from tandem.v1 import cluster_pb2, common_pb2, kv_pb2
@@ -139,6 +140,19 @@ costs = st.builds(StepCost, *[st.floats(1e-9, 1e3)] * 5)
 @given(st.builds(Fit, costs, u32, seconds, seconds))
 def test_fits_come_back_equal(fit):
     assert wire.fit_from_pb(wire.fit_to_pb(fit)) == fit
+
+
+packed = st.lists(st.binary(min_size=16, max_size=16), max_size=3).map(b"".join)
+
+
+@given(st.builds(KvChanges, u32, st.integers(1, 2**64 - 1), packed, packed, packed, packed))
+def test_changes_of_blocks(changes: KvChanges):
+    assert wire.changes_from_pb(wire.changes_to_pb(changes)) == changes
+
+
+def test_a_broken_portion_is_refused():
+    with pytest.raises(InvalidRequestError, match="same version"):
+        wire.changes_from_pb(common_pb2.KvChanges(sequence=1, added_dram=b"short"))
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
