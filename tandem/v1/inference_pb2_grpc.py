@@ -49,6 +49,11 @@ class InferenceStub:
                 request_serializer=tandem_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_inference__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/tandem.v1.Inference/Explain',
+                request_serializer=tandem_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -73,6 +78,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request was placed where it was, what was predicted, and what came of it. NOT_FOUND once it is forgotten.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +102,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=tandem_dot_v1_dot_inference__pb2.GetModelRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_inference__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=tandem_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_inference__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -173,6 +190,33 @@ class Inference:
             '/tandem.v1.Inference/GetModel',
             tandem_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
             tandem_dot_v1_dot_inference__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Inference/Explain',
+            tandem_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+            tandem_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,
