@@ -16,6 +16,7 @@ time. Every shard is complete in itself, with its own numbers, so that each shar
     PREFIX{s}node:ID    hash: epoch, number, address, announced (how many announcements were taken)
     PREFIX{s}dead       hash: number → buckets not yet swept of it
     PREFIX{s}number, PREFIX{s}cursor   the last number given, the next bucket to sweep
+    PREFIX{s}longest    the longest time to live of any join, in milliseconds
 """
 
 from __future__ import annotations

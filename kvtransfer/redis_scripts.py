@@ -71,6 +71,12 @@ if not number then
 end
 call('HSET', p .. 'record', number, record)
 call('ZADD', p .. 'live', now + ttl, number)
+-- Who ends later than anybody may was there before the clock went back; the dead among them shall not live on for hours.
+local longest = math.max(tonumber(call('GET', p .. 'longest') or '0'), tonumber(ttl))
+call('SET', p .. 'longest', longest)
+for _, late in ipairs(call('ZRANGEBYSCORE', p .. 'live', '(' .. now + longest, '+inf', 'LIMIT', 0, 64)) do
+  call('ZADD', p .. 'live', now + longest, late)
+end
 return {status, '', call('HLEN', p .. 'dead')}
 """)
 
