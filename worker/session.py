@@ -91,8 +91,8 @@ class SessionServicer:
         finally:
             for task in pair:
                 task.cancel()
+            self._links.detach(peer, outbox)  # before anything is awaited: a cancellation may come even now
             await asyncio.gather(*pair, return_exceptions=True)
-            self._links.detach(peer, outbox)
             log.info("the session of router %s ended", peer.peer_id)
         if slow:  # the abort itself waits behind what the router does not read: everything else is settled by now
             log.warning("router %s read nothing for %g s, so its session ended", peer.peer_id, self._slow_router_s)

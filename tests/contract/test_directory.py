@@ -11,7 +11,6 @@ import pytest
 from directory_rig import FORMS, LAYOUT, TTL_S, directories, disk, dram, keys, record, redis_cluster, shown, until
 
 from cli.redis_server import redis_server
-from cluster.departures import Departures
 from core.errors import StaleEpochError
 from kvtransfer.directory import DirectoryError, DuplicateNodeError, Tier
 from kvtransfer.local_directory import ClockedDirectory
@@ -39,26 +38,6 @@ def held(*holders: tuple[str, int, Tier]) -> set[tuple[str, int, Tier]]:
 
 
 A_DRAM, A_DISK, B_DRAM = ("a", 1, Tier.DRAM), ("a", 1, Tier.DISK), ("b", 1, Tier.DRAM)
-
-
-async def test_nobody_is_looked_for_where_a_process_ended(make):
-    one = make()
-    for node in (record("a"), record("b"), record("c", epoch=2)):
-        await one.join(node, TTL_S)
-        await one.announce(node.source.worker_id, node.source.epoch, dram(keys(3)), [])
-    departures = Departures(make())
-    for ended in (("a", 1), ("b", 1), ("c", 1), ("nobody", 7)):  # c lives on, in a later incarnation
-        departures.gone(*ended)
-    await until(lambda: nobody_but(one, "c"))
-    assert shown(await one.locate(keys(3))) == [held(("c", 2, Tier.DRAM))] * 3
-    await departures.aclose()
-    departures.gone("c", 2)
-    await asyncio.sleep(0)
-    await departures.aclose()  # a directory that was closed says so, and nobody minds
-
-
-async def nobody_but(directory, *names):
-    return [node.source.worker_id for node in await directory.nodes()] == list(names)
 
 
 async def test_nothing_is_known_at_first(directory):

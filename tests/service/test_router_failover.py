@@ -64,8 +64,10 @@ async def test_a_worker_dies_at_any_stage(watched: str, stage: str, nth: int, vi
         assert result.reason() is FinishReason.LENGTH
         assert result.finished is not None
         assert r.workers[victim].dead
-        irrelevant = victim == "prefill-0" and stage == "token"  # decode had everything
-        assert (result.finished.failovers == 0) is irrelevant
+        failovers = {0} if (victim, stage) == ("prefill-0", "token") else {1}  # decode had everything
+        if (victim, stage) == ("prefill-0", "joined"):
+            failovers = {0, 1}  # decode has everything too; which session the router hears first is open
+        assert result.finished.failovers in failovers
         await r.all_free()
 
 

@@ -14,6 +14,7 @@ from core.wire import item_to_pb, key_to_pb
 from tandem.sampling import SamplingParams
 from tandem.v1 import common_pb2 as pb
 from tandem.v1 import decode_pb2_grpc
+from worker.attempts import Peer
 from worker.links import RouterLinks
 from worker.session import SessionServicer
 
@@ -215,6 +216,35 @@ async def test_a_broken_session_starts_the_lease_of_its_attempts(address, links,
         await handler.until(lambda: handler.opened)
     await expired(links, handler)
     assert handler.cancelled == [AttemptKey("a", 1)]
+
+
+class Line:
+    """The server's side of a session whose router goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.greeted, self.gone = asyncio.Event(), asyncio.Event()
+
+    async def requests(self) -> AsyncIterator[pb.SessionCommand]:
+        yield hello()
+        await self.gone.wait()
+
+    async def write(self, event: pb.SessionEvent) -> None:
+        self.greeted.set()
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_session_that_is_cancelled_while_it_ends_still_lets_go(turns, links, handler):
+    """gRPC ends the stream of commands, and a moment later cancels the call: that moment may be any."""
+    line, peer = Line(), Peer("router-1", 1)
+    session = asyncio.create_task(SessionServicer("decode-0", EPOCH, links, handler).Session(line.requests(), line))
+    await line.greeted.wait()
+    line.gone.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    session.cancel()
+    await asyncio.wait({session}, timeout=5)
+    assert session.done()
+    assert links.backlog(peer) is None, "the worker believes that the router is still there"
 
 
 async def test_a_router_that_reads_nothing_loses_its_session(address, links, handler):
