@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from core.errors import ConfigError
 
@@ -106,14 +106,59 @@ class StoreConfig(_Branch):
     """A block fetched so often from another host within a minute gets a copy in this host's store; 0: never."""
 
 
+class SloClassConfig(_Branch):
+    """What requests of a class are held to, in seconds; None: no limit."""
+
+    ttft_s: float | None = Field(None, gt=0)
+    tbt_s: float | None = Field(None, gt=0)
+    """For the mean of the slowest tenth of a request's token gaps."""
+    tpot_s: float | None = Field(None, gt=0)
+    priority: int = Field(0, ge=-(2**20), le=2**20)
+    """Higher goes first; a call adds its own."""
+    queue_share: float = Field(1.0, gt=0, le=1)
+    """Part of the router's queue that waiting requests of this class may fill."""
+
+
+class TenantConfig(_Branch):
+    weight: float = Field(1.0, gt=0, le=1e6)
+    """Service that is due to it, relative to others, when both wait."""
+    tokens_per_s: float | None = Field(None, gt=0)
+    """Quota in tokens of prompts and answers; None: none."""
+    burst_tokens: float | None = Field(None, gt=0)
+    """What may be used at once after a pause; None: a minute's worth of tokens_per_s."""
+    slo_class: str = ""
+    """Of requests that name no class; empty: router.default_class."""
+
+
+_CLASSES: dict[str, dict[str, Any]] = {
+    "interactive": {"ttft_s": 1.0, "tbt_s": 0.1, "priority": 10},
+    "standard": {"ttft_s": 5.0, "tbt_s": 0.25},
+    "batch": {"priority": -10, "queue_share": 0.5},
+}
+
+
 class RouterConfig(_Branch):
     grpc: str = "127.0.0.1:0"
     http: str = "127.0.0.1:0"
     policy: str = "least_load"
+    cost_model: str = ""
+    """A file of `tandem profile`: what steps are believed to cost until workers have learned it."""
     stale_after_s: float = Field(3.0, gt=0)
     """A report older than this counts as one of a worker no less loaded than the others."""
     max_queue: int = Field(1024, ge=0)
     """Requests waiting for a place, beyond which new ones are refused."""
+    queue: Literal["slack", "fcfs", "mlfq"] = "slack"
+    """Order among the waiting requests of one class and tenant."""
+    aging_s: float = Field(15.0, gt=0)
+    """Who has waited longer than this gets one place in four, whatever its class and tenant."""
+    admission: Literal["off", "reject"] = "off"
+    """`reject`: requests that are predicted to miss their limits are refused early, with the time after which to retry."""
+    classes: dict[str, SloClassConfig] = Field(default_factory=lambda: _classes({}))
+    """By name; what is given is laid over the defaults `interactive`, `standard` and `batch`."""
+    default_class: str = "standard"
+    """Of requests that name none."""
+    tenants: dict[str, TenantConfig] = Field(default_factory=dict)
+    """By name; `default` takes requests that name none. Empty: requests may name any tenant, all of the same weight."""
     max_attempts: int = Field(8, ge=1)
     """Placements of one request before it fails."""
     queue_timeout_s: float = Field(60.0, gt=0)
@@ -123,6 +168,26 @@ class RouterConfig(_Branch):
     slow_client_s: float = Field(30.0, gt=0)
     """A client that reads nothing for this long is cancelled."""
     max_body_bytes: ByteSize = Field(ByteSize(8 * 2**20), ge=1024)
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _over_the_defaults(cls, given: object) -> object:
+        return _classes(given) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _classes_exist(self) -> Self:
+        named = {"default_class": self.default_class}
+        named |= {f"tenants.{name}.slo_class": tenant.slo_class for name, tenant in self.tenants.items() if tenant.slo_class}
+        for key, name in named.items():
+            if name not in self.classes:
+                raise ValueError(f"{key} is {name!r}, which is not among router.classes ({', '.join(sorted(self.classes))})")
+        return self
+
+
+def _classes(given: dict[str, Any]) -> dict[str, Any]:
+    """What is not a group of keys is left for the validation to name."""
+    laid = {name: {**_CLASSES.get(name, {}), **new} if isinstance(new, dict) else new for name, new in given.items()}
+    return {**{name: SloClassConfig(**fields) for name, fields in _CLASSES.items()}, **laid}
 
 
 class ClusterConfig(_Branch):

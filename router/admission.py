@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 from collections import OrderedDict
 from dataclasses import replace
@@ -12,9 +11,9 @@ from typing import Protocol
 
 from core.detokenize import StreamDecoder
 from core.errors import InvalidRequestError, PromptTooLongError
-from core.request import Slo
 from router.attempt import JourneySpec
 from router.frontend_types import ChatPrompt, FrontRequest, ModelCard
+from router.slo import Terms
 from tandem.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -65,13 +64,6 @@ def check_sampling(params: SamplingParams, card: ModelCard) -> None:
             raise InvalidRequestError(f"{name} names token {bad}, the model's ids end at {card.vocab_size - 1}")
 
 
-def check_slo(slo: Slo) -> None:
-    """Raises InvalidRequestError for a limit that no request could meet or miss."""
-    for name, limit_s in (("ttft_slo_s", slo.ttft_s), ("tbt_slo_s", slo.tbt_s), ("tpot_slo_s", slo.tpot_s)):
-        if limit_s is not None and not (math.isfinite(limit_s) and limit_s > 0):
-            raise InvalidRequestError(f"{name} must be a positive number of seconds, got {limit_s}; or leave it out")
-
-
 def check_request_id(request_id: str) -> None:
     if len(request_id) > REQUEST_ID_CHARS_MAX or not request_id.isprintable() or "/" in request_id:
         text = f"request_id must be at most {REQUEST_ID_CHARS_MAX} printable characters without '/'; or leave it empty"
@@ -112,10 +104,20 @@ def resolve(params: SamplingParams, prompt_len: int, card: ModelCard, request_id
 
 
 def journey_spec(
-    request_id: str, prompt: tuple[int, ...], sampling: SamplingParams, text: Text, first_attempt: int, slo: Slo
+    request_id: str, prompt: tuple[int, ...], sampling: SamplingParams, text: Text, first_attempt: int, terms: Terms
 ) -> JourneySpec:
-    eos = text.eos_token_ids
-    return JourneySpec(request_id, prompt, sampling, eos_token_ids=eos, first_attempt=first_attempt, slo=slo)
+    return JourneySpec(
+        request_id,
+        prompt,
+        sampling,
+        eos_token_ids=text.eos_token_ids,
+        first_attempt=first_attempt,
+        slo=terms.slo,
+        slo_class=terms.slo_class,
+        tenant=terms.tenant,
+        priority=terms.priority,
+        deadline_s=terms.deadline_s,
+    )
 
 
 def _too_long(tokens: int, context: int) -> PromptTooLongError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.request import Slo, WorkItem
 from tandem.sampling import SamplingParams
@@ -21,11 +21,22 @@ class Limits:
     """For what a worker answers at once, and for a token that another one overtook."""
     opened_timeout_s: float = 60.0
     """For prefill to admit; the policy keeps its queue short."""
+    timeout_name: str = "router.request_timeout_s"
+    """Who set `request_timeout_s`."""
+
+    def of(self, spec: JourneySpec) -> Limits:
+        """Of one journey: its own deadline where that is sooner."""
+        if spec.deadline_s is None or spec.deadline_s >= self.request_timeout_s:
+            return self
+        return replace(self, request_timeout_s=spec.deadline_s, timeout_name="deadline_s")
 
 
 @dataclass(frozen=True, slots=True)
 class JourneySpec:
-    """`request_id` is the workers' name for this choice (`ID`, `ID/1`, …); `sampling` has seed and max_tokens resolved."""
+    """`request_id` is the workers' name for this choice (`ID`, `ID/1`, …); `sampling` has seed and max_tokens resolved.
+
+    What `slo_class`, `tenant`, `priority` and `deadline_s` mean: `router.slo.Terms`.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
@@ -35,6 +46,10 @@ class JourneySpec:
     cache_salt: bytes = b""
     first_attempt: int = 1
     slo: Slo = NO_LIMITS
+    slo_class: str = ""
+    tenant: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
 
 
 class Attempt:

@@ -9,13 +9,15 @@ from collections.abc import AsyncGenerator
 from core.clock import Clock
 from core.errors import InvalidRequestError, TandemError, UnavailableError
 from core.request import WorkerRole
-from router.admission import Text, UsedIds, check_request_id, check_sampling, check_slo, journey_spec, prompt_ids, resolve
+from router.admission import Text, UsedIds, check_request_id, check_sampling, journey_spec, prompt_ids, resolve
 from router.choice import ChoiceText
+from router.decisions import Explanation
 from router.dispatch import Dispatcher
 from router.frontend_types import FrontRequest, ModelCard, Part
 from router.metrics import RouterStats
 from router.modelcard import ModelKnowledge
 from router.run import Run, RunSpec
+from router.slo import TermsOf
 
 
 class Frontend:
@@ -29,6 +31,7 @@ class Frontend:
         stats: RouterStats,
         clock: Clock,
         slow_client_s: float,
+        terms_of: TermsOf,
     ) -> None:
         self.text = text
         self._dispatcher = dispatcher
@@ -36,6 +39,7 @@ class Frontend:
         self._stats = stats
         self._clock = clock
         self._slow_client_s = slow_client_s
+        self._terms_of = terms_of
         self._runs: dict[str, Run | None] = {}  # None: being admitted
         self._cancelled_early: set[str] = set()  # while they were being admitted
         self._used = UsedIds()
@@ -73,6 +77,10 @@ class Frontend:
         else:
             run.cancel()
         return True
+
+    def explain(self, request_id: str) -> Explanation:
+        """See FrontDoor.explain."""
+        return self._dispatcher.placer.decisions.explain(request_id)
 
     def model(self) -> ModelCard:
         return self._knowledge.card(self._dispatcher.view)
@@ -124,11 +132,11 @@ class Frontend:
         arrived_at = self._clock.now()
         card = self.model()
         check_sampling(request.sampling, card)
-        check_slo(request.slo)
+        terms = self._terms_of(request)
         self._dispatcher.check_room()
         ids = await prompt_ids(request, self.text, card)
         sampling = resolve(request.sampling, len(ids), card, request_id)
-        spec = journey_spec(request_id, ids, sampling, self.text, self._used.first_attempt(request_id), request.slo)
+        spec = journey_spec(request_id, ids, sampling, self.text, self._used.first_attempt(request_id), terms)
         stop_ids = frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else self.text.eos_token_ids)
 
         def text_of(choice: int) -> ChoiceText:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from core.request import FinishReason, Slo
 from tandem.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from router.decisions import Explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class FrontRequest:
     """One call of a user. `prompt`: text, token ids, or a chat.
 
     `request_id` empty: the router makes one. A given id must be unique among the live ones, at most 128 printable
-    characters without "/". `echo` sends the prompt's text back in `Started`.
+    characters without "/". `echo` sends the prompt's text back in `Started`. Class, tenant, limits and deadline:
+    `router.slo` says what they come to.
     """
 
     prompt: str | tuple[int, ...] | ChatPrompt
@@ -41,6 +45,8 @@ class FrontRequest:
     slo: Slo = field(default_factory=Slo)
     priority: int = 0
     echo: bool = False
+    tenant: str = ""
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +158,10 @@ class FrontDoor(Protocol):
 
     def cancel(self, request_id: str) -> bool:
         """Ends a live request; its stream finishes with CANCELLED. False: no such request."""
+        ...
+
+    def explain(self, request_id: str) -> Explanation:
+        """Why a request was placed where it was. Raises NotFoundError when nothing is known of it (any more)."""
         ...
 
     def model(self) -> ModelCard:

@@ -26,15 +26,19 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from core.errors import NotFoundError, TandemError, UnavailableError
+from router import explain
 from router.frontend_types import FrontDoor, ModelCard, Started
 from router.http_body import read_body, while_connected
 from router.http_errors import body_of, not_served, raised, response_of
 from router.http_merge import Numbered, merged
+from router.openai_headers import with_headers
 from router.openai_replies import Json, Reply
 from router.openai_types import ApiCall, read_chat, read_completion
 
 WRITE_TIMEOUT_S = 60.0
 """A client that takes nothing for this long has its connection closed; its request is cancelled sooner (slow_client_s)."""
+
+_Why = Callable[[], str | None]
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -129,6 +133,7 @@ class _Generation:
         request_id = uuid.uuid4().hex
         try:
             call = self._read_call(await read_body(scope, receive, self._max_body_bytes))
+            call = with_headers(call, scope["headers"])
             card = self._front.model()
             _check_model(call.model, card)
         except TandemError as error:
@@ -136,8 +141,15 @@ class _Generation:
             return
         call, request_id = _named(call, request_id)
         reply = Reply(call, card, request_id, int(time.time()), self._names.token_bytes)
-        answer = _Answer(call, reply, request_id, merged([self._front.generate(r) for r in call.requests]))
+        why = self._why(scope, call.requests[0].request_id)
+        answer = _Answer(call, reply, request_id, why, merged([self._front.generate(r) for r in call.requests]))
         await while_connected(receive, answer.stream(send) if call.stream else answer.whole(scope, receive, send))
+
+    def _why(self, scope: Scope, request_id: str) -> _Why:
+        """What the explaining header says when it is asked for: as much as is known then."""
+        name = explain.HEADER.encode()
+        asked = any(key == name and explain.wanted(value.decode("latin-1")) for key, value in scope["headers"])
+        return lambda: explain.header_of(self._front, request_id) if asked else None
 
 
 def _named(call: ApiCall, request_id: str) -> tuple[ApiCall, str]:
@@ -162,10 +174,11 @@ def _check_model(name: str, card: ModelCard) -> None:
 class _Answer:
     """One call being answered."""
 
-    def __init__(self, call: ApiCall, reply: Reply, request_id: str, parts: AsyncGenerator[Numbered, None]) -> None:
+    def __init__(self, call: ApiCall, reply: Reply, request_id: str, why: _Why, parts: AsyncGenerator[Numbered, None]) -> None:
         self._call = call
         self._reply = reply
         self._request_id = request_id
+        self._why = why
         self._parts = parts
 
     async def whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -173,14 +186,16 @@ class _Answer:
             async with aclosing(self._parts) as parts:
                 async for prompt, part in parts:
                     self._reply.add(prompt, part)
-            response = JSONResponse(self._reply.whole(), headers={"x-request-id": self._request_id})
+            why = self._why()
+            headers = {"x-request-id": self._request_id} | ({explain.HEADER: why} if why is not None else {})
+            response = JSONResponse(self._reply.whole(), headers=headers)
         except Exception as error:
             response = response_of(error, self._request_id)
         await response(scope, receive, send)
 
     async def stream(self, send: Send) -> None:
         """Server-sent events. The status is decided by what comes first: the request's acceptance, or its error."""
-        events = _Events(send, self._request_id)
+        events = _Events(send, self._request_id, self._why)
         try:
             async with aclosing(self._parts) as parts:
                 async for prompt, part in parts:
@@ -202,9 +217,10 @@ class _SlowClientError(Exception):
 class _Events:
     """A stream of server-sent events on one response. Each call is one write, flushed at once."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, why: _Why) -> None:
         self._send = send
         self._request_id = request_id
+        self._why = why
         self._opened = False
 
     async def open(self) -> None:
@@ -217,6 +233,8 @@ class _Events:
             (b"x-accel-buffering", b"no"),  # a proxy must not collect tokens
             (b"x-request-id", self._request_id.encode()),
         ]
+        if (why := self._why()) is not None:
+            headers.append((explain.HEADER.encode(), why.encode()))
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def send(self, chunks: list[Json]) -> None:

@@ -56,7 +56,7 @@ class Journey:
         self.state = State.QUEUED
         self.facts = Facts(arrived_at=now)
         self.claim: Claim = NO_CLAIM
-        self._limits = limits
+        self._limits = limits = limits.of(spec)
         self._sampling = spec.sampling
         if spec.sampling.stop or spec.sampling.n > 1:
             self._sampling = replace(spec.sampling, stop=(), n=1)  # stop strings are the router's affair
@@ -264,8 +264,8 @@ class Journey:
 
     def _on_tick(self, now: float, _: ev.Tick, out: list[Command]) -> None:
         if now >= self._deadline:
-            total_s = self._limits.request_timeout_s
-            self._finish(now, out, error=DeadlineExceededError(f"not finished within {total_s:g} s (router.request_timeout_s)"))
+            text = f"not finished within {self._limits.request_timeout_s:g} s ({self._limits.timeout_name})"
+            self._finish(now, out, error=DeadlineExceededError(text))
         elif self.state is State.QUEUED:
             if now >= self._queue_deadline:
                 waited_s = self._limits.queue_timeout_s

@@ -31,6 +31,7 @@ from router.modelcard import VERSION_UNKNOWN, ModelKnowledge
 from router.placing import Placer
 from router.policies import make_policy
 from router.service import InferenceServicer, StatusServicer
+from router.slo import TermsOf
 from router.watch import Watch
 from router.web import web_server
 from tandem.v1.cluster_pb2_grpc import add_ClusterServicer_to_server
@@ -73,7 +74,7 @@ class Router:
         self._links = Links(spec.worker_id, spec.epoch, config.session_lease_s, self.dispatcher)
         self.dispatcher.links = self._links
         knowledge = ModelKnowledge(spec.config.model.name, _version())
-        self.frontend = Frontend(self.dispatcher, text, knowledge, stats, clock, config.slow_client_s)
+        self.frontend = Frontend(self.dispatcher, text, knowledge, stats, clock, config.slow_client_s, TermsOf(config))
         self._text = text
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(RouterMetrics(stats, self.dispatcher))

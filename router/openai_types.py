@@ -87,6 +87,8 @@ class _Call(_Body):
     tbt_slo_s: float | None = None
     tpot_slo_s: float | None = None
     priority: int | None = None
+    tenant: str | None = None
+    deadline_s: float | None = None
 
     def sampling(self, logprobs: int | None, max_tokens: int | None) -> SamplingParams:
         """Raises FieldError naming the first value that cannot be served."""
@@ -119,7 +121,17 @@ class _Call(_Body):
         if self.request_id and not _REQUEST_ID.fullmatch(self.request_id):
             raise FieldError("request_id", "request_id takes at most 128 letters, digits and -_.:")
         slo = Slo(self.ttft_slo_s, self.tbt_slo_s, self.tpot_slo_s)
-        return FrontRequest(prompt, sampling, self.request_id or "", self.slo_class or "", slo, self.priority or 0, echo)
+        return FrontRequest(
+            prompt,
+            sampling,
+            self.request_id or "",
+            self.slo_class or "",
+            slo,
+            self.priority or 0,
+            echo,
+            self.tenant or "",
+            self.deadline_s,
+        )
 
     def common(self) -> dict[str, Any]:
         if self.stream_options is not None and not self.stream:

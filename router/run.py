@@ -148,10 +148,15 @@ class Run:
     def _start_choice(self, number: int, prefer: Pair | None) -> None:
         spec = self.spec.journey
         if number:
-            spec = replace(spec, request_id=f"{spec.request_id}/{number}", choice=number)
+            spec = replace(spec, request_id=f"{spec.request_id}/{number}", choice=number, deadline_s=self._left_s())
         choice = _Choice(self, number, self._text_of(number), self._stats, self._clock)
         self._choices.append(choice)
         choice.begin(self._dispatcher, spec, prefer)
+
+    def _left_s(self) -> float | None:
+        """Of the deadline, for a choice that begins now."""
+        deadline_s = self.spec.journey.deadline_s
+        return None if deadline_s is None else max(self.spec.arrived_at + deadline_s - self._clock.now(), 1e-3)
 
     def _end(self) -> None:
         facts = [choice.journey.facts for choice in self._choices if choice.journey is not None]

@@ -12,6 +12,8 @@ import grpc
 from core.errors import InternalError, InvalidRequestError, TandemError
 from core.request import Slo
 from core.wire import finish_to_pb, sampling_from_pb
+from router import explain
+from router.explain import explanation_to_pb, placement_to_pb, timing_to_pb
 from router.frontend_types import (
     ChatMessage,
     ChatPrompt,
@@ -40,8 +42,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Writes through the context instead of yielding: so a client that hangs up ends the request in this frame, at
         once, and not when an abandoned generator is collected."""
         try:
-            async with contextlib.aclosing(self._front.generate(request_from_pb(request))) as parts:
+            asked = request_from_pb(request)
+            explained = _Explained(self._front, context) if _asks_why(context) else None
+            async with contextlib.aclosing(self._front.generate(asked)) as parts:
                 async for part in parts:
+                    if explained is not None:
+                        explained.saw(part)
                     await context.write(part_to_pb(part))
         except TandemError as error:
             await _abort(context, error)
@@ -53,6 +59,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         return pb.CancelResponse(found=self._front.cancel(request.request_id))
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        try:
+            return explanation_to_pb(self._front.explain(request.request_id))
+        except TandemError as error:
+            await _abort(context, error)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         try:
@@ -67,6 +79,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             fingerprint=card.fingerprint,
             dtype=card.dtype,
         )
+
+
+class _Explained:
+    """Sets the trailing metadata that a call asked for, when it ends."""
+
+    def __init__(self, front: FrontDoor, context: Context) -> None:
+        self._front = front
+        self._context = context
+        self._request_id = ""
+
+    def saw(self, part: Part) -> None:
+        if isinstance(part, Started):
+            self._request_id = part.request_id
+        elif isinstance(part, Finished) and (line := explain.header_of(self._front, self._request_id)) is not None:
+            self._context.set_trailing_metadata(((explain.HEADER, line),))
+
+
+def _asks_why(context: Context) -> bool:
+    return any(key == explain.HEADER and explain.wanted(str(value)) for key, value in context.invocation_metadata() or ())
 
 
 class StatusServicer(cluster_pb2_grpc.ClusterServicer):
@@ -101,6 +132,8 @@ def request_from_pb(request: pb.GenerateRequest) -> FrontRequest:
         slo=Slo(limit("ttft_slo_s"), limit("tbt_slo_s"), limit("tpot_slo_s")),
         priority=request.priority,
         echo=request.echo,
+        tenant=request.tenant,
+        deadline_s=limit("deadline_s"),
     )
 
 
@@ -132,25 +165,15 @@ def _tokens_to_pb(tokens: tuple[Token, ...]) -> pb.GenerateResponse:
 
 
 def _finished_to_pb(part: Finished) -> pb.Finished:
-    usage, timing = part.usage, part.timing
+    usage = part.usage
     return pb.Finished(
         usage=pb.Usage(
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=usage.cached_tokens,
             completion_tokens=usage.completion_tokens,
         ),
-        timing=pb.Timing(
-            queue_s=timing.queue_s,
-            prefill_s=timing.prefill_s,
-            handoff_wait_s=timing.handoff_wait_s,
-            transfer_s=timing.transfer_s,
-            first_decode_s=timing.first_decode_s,
-            ttft_s=timing.ttft_s,
-            tpot_s=timing.tpot_s,
-            total_s=timing.total_s,
-            transfer_exposed_s=timing.transfer_exposed_s,
-        ),
-        placement=pb.Placement(prefill=part.placement.prefill, decode=part.placement.decode),
+        timing=timing_to_pb(part.timing),
+        placement=placement_to_pb(part.placement),
         failovers=part.failovers,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from scripted_worker import Exchange, ScriptedWorker
 
 from core.clock import SystemClock
-from core.config import DEMO_MODEL
+from core.config import DEMO_MODEL, RouterConfig
 from core.request import FinishReason, WorkerRole
 from core.text import Tokenizer
 from router.attempt import Limits
@@ -23,6 +23,7 @@ from router.metrics import RouterStats
 from router.modelcard import ModelKnowledge
 from router.placing import Placer
 from router.policies import make_policy
+from router.slo import TermsOf
 from router.watch import view_from_pb
 from tandem.sampling import SamplingParams
 from tandem.v1 import cluster_pb2
@@ -68,13 +69,15 @@ class Collected:
 
 
 class Rig:
-    def __init__(self, max_queue: int, limits: Limits, slow_client_s: float) -> None:
+    def __init__(self, max_queue: int, limits: Limits, slow_client_s: float, config: RouterConfig) -> None:
         clock = SystemClock()
         self.stats = RouterStats()
         self.dispatcher = Dispatcher(Placer(make_policy("least_load"), 10.0, random.Random(0)), limits, max_queue, clock)
         self.links = Links("router-0", 1, 5.0, self.dispatcher)
         self.dispatcher.links = self.links
-        self.front = Frontend(self.dispatcher, tokenizer(), ModelKnowledge("", "test"), self.stats, clock, slow_client_s)
+        self.front = Frontend(
+            self.dispatcher, tokenizer(), ModelKnowledge("", "test"), self.stats, clock, slow_client_s, TermsOf(config)
+        )
         self.exchange = Exchange()
         self.workers: dict[str, ScriptedWorker] = {}
         self.killing: list[asyncio.Task[None]] = []
@@ -130,9 +133,11 @@ async def rig(
     max_queue: int = 100,
     limits: Limits = LIMITS,
     slow_client_s: float = 30.0,
+    config: RouterConfig | None = None,
     **options: Any,
 ) -> AsyncIterator[Rig]:
-    made = Rig(max_queue, limits, slow_client_s)
+    """`config`: what of the router's is not named beside it."""
+    made = Rig(max_queue, limits, slow_client_s, config or RouterConfig())
     try:
         for role, count in ((WorkerRole.PREFILL, prefill), (WorkerRole.DECODE, decode), (WorkerRole.COLOCATED, colocated)):
             for index in range(count):
