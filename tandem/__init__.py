@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TandemError,
         UnavailableError,
     )
+    from tandem.explanation import Explanation
     from tandem.results import Choice, Model, Placement, Result, Timing, Token, TopLogprob, Usage
     from tandem.sampling import SamplingParams
 
@@ -36,6 +37,7 @@ _HOMES = {
     "tandem.aio": ("AsyncClient", "AsyncTokenStream"),
     "tandem.connection": ("Tls",),
     "tandem.sampling": ("SamplingParams",),
+    "tandem.explanation": ("Explanation",),
     "tandem.results": ("Choice", "Model", "Placement", "Result", "Timing", "Token", "TopLogprob", "Usage"),
     "tandem.errors": (
         "AuthenticationError",
@@ -68,6 +70,7 @@ __all__ = [  # noqa: RUF022 - what most users need comes first
     "Placement",
     "TopLogprob",
     "Model",
+    "Explanation",
     "Tls",
     "TokenStream",
     "AsyncTokenStream",

@@ -13,9 +13,11 @@ import grpc
 
 from tandem._assembly import Assembly
 from tandem._convert import Prompt, RequestOptions, error_from_rpc, model_from_pb, request_to_pb
+from tandem._explain import explanation_from_pb
 from tandem.cancelling import heed_cancellation
 from tandem.connection import CHANNEL_OPTIONS, Connection, RetryPolicy, Tls
 from tandem.errors import CancelledError, TandemError, UnavailableError
+from tandem.explanation import Explanation
 from tandem.results import Model, Result, Token
 from tandem.sampling import SamplingParams
 from tandem.v1 import inference_pb2 as inference
@@ -90,6 +92,17 @@ class AsyncClient:
             await self._call(lambda: self._stub().GetModel(request, timeout=timeout_s, metadata=self._connection.metadata()))
         )
 
+    async def explain(self, request_id: str, *, timeout_s: float = 10.0) -> Explanation:
+        """Why this request was placed where it was, what was predicted, and what came of it; `ID/1` is its second choice.
+
+        Raises NotFoundError when the router has forgotten it or never saw it.
+        """
+        request = inference.ExplainRequest(request_id=request_id)
+        metadata = self._connection.metadata()
+        return explanation_from_pb(
+            await self._call(lambda: self._stub().Explain(request, timeout=timeout_s, metadata=metadata))
+        )
+
     async def close(self) -> None:
         """Ends every stream of this client; the server hears of it and frees what they hold. Idempotent."""
         self._closed = True
@@ -120,7 +133,7 @@ class AsyncClient:
         return self._stub().Generate(request, timeout=timeout, metadata=self._connection.metadata())
 
     async def _call(self, call: Callable[[], Awaitable[_T]]) -> _T:
-        """One short call. Both short calls may be repeated without harm."""
+        """One short call. Short calls may be repeated without harm."""
         retry, retries = self._connection.retry, 0
         while True:
             try:

@@ -13,8 +13,10 @@ import grpc
 
 from tandem._assembly import Assembly
 from tandem._convert import Prompt, RequestOptions, error_from_rpc, model_from_pb, request_to_pb
+from tandem._explain import explanation_from_pb
 from tandem.connection import CHANNEL_OPTIONS, Connection, RetryPolicy, Tls
 from tandem.errors import CancelledError, TandemError, UnavailableError
+from tandem.explanation import Explanation
 from tandem.results import Model, Result, Token
 from tandem.sampling import SamplingParams
 from tandem.v1 import inference_pb2 as inference
@@ -94,6 +96,15 @@ class Client:
             self._call(lambda: self._stub.GetModel(request, timeout=timeout_s, metadata=self._connection.metadata()))
         )
 
+    def explain(self, request_id: str, *, timeout_s: float = 10.0) -> Explanation:
+        """Why this request was placed where it was, what was predicted, and what came of it; `ID/1` is its second choice.
+
+        Raises NotFoundError when the router has forgotten it or never saw it.
+        """
+        request = inference.ExplainRequest(request_id=request_id)
+        metadata = self._connection.metadata()
+        return explanation_from_pb(self._call(lambda: self._stub.Explain(request, timeout=timeout_s, metadata=metadata)))
+
     def close(self) -> None:
         """Ends every stream of this client; the server hears of it and frees what they hold. Idempotent."""
         self._closed.set()
@@ -106,7 +117,7 @@ class Client:
         self.close()
 
     def _call(self, call: Callable[[], _T]) -> _T:
-        """One short call. Both short calls may be repeated without harm."""
+        """One short call. Short calls may be repeated without harm."""
         retry, retries = self._connection.retry, 0
         while True:
             _refuse_closed(self._closed)

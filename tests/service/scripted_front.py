@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
-from core.errors import InternalError, OverloadedError, UnavailableError
+from core.errors import InternalError, NotFoundError, OverloadedError, UnavailableError
 from core.request import FinishReason
+from router.decisions import Explanation
 from router.frontend_types import (
     ChatPrompt,
     ChoiceFinished,
@@ -53,6 +54,9 @@ class ScriptedFront:
 
     def cancel(self, request_id: str) -> bool:
         return False
+
+    def explain(self, request_id: str) -> Explanation:
+        raise NotFoundError(f"nothing is known of {request_id!r}")
 
     async def generate(self, request: FrontRequest) -> AsyncGenerator[Part, None]:
         self.requests.append(request)

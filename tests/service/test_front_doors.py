@@ -183,4 +183,4 @@ def test_reflection_lists_the_services(cluster: Cluster) -> None:
         database = ProtoReflectionDescriptorDatabase(channel)
         assert {"tandem.v1.Inference", "grpc.health.v1.Health"} <= set(database.get_services())
         found = database.FindFileContainingSymbol("tandem.v1.Inference")
-        assert [m.name for m in found.service[0].method] == ["Generate", "Cancel", "GetModel"]
+        assert [m.name for m in found.service[0].method] == ["Generate", "Cancel", "GetModel", "Explain"]
