@@ -16,6 +16,7 @@ TandemError (tandem/errors.py, public)
 └── InternalError           our own mistake                              INTERNAL           500
 below, for servers only:
 ├── ConfigError             configuration, model files, ports: the operator must change something
+├── PinLimitError           so many blocks of one node may not be pinned
 ├── WorkerLostError         a peer of ours died; the journey places the request again
 ├── OutOfBlocksError        KV memory is short; retryable elsewhere or later
 └── TransferError           bytes could not be moved; DigestMismatchError, StaleEpochError, LeaseExpiredError
@@ -54,6 +55,7 @@ __all__ = [
     "OutOfBlocksError",
     "OverloadedError",
     "PermissionDeniedError",
+    "PinLimitError",
     "PromptTooLongError",
     "QuotaExceededError",
     "RequestTooLargeError",
@@ -68,6 +70,10 @@ __all__ = [
 
 class ConfigError(TandemError):
     code = "config"
+
+
+class PinLimitError(TandemError):
+    code, grpc_status, http_status = "pin_limit", "FAILED_PRECONDITION", 409
 
 
 class WorkerLostError(TandemError):

@@ -48,6 +48,9 @@ class IdleQueue(Protocol):
     def remove(self, block: int, /) -> float:
         """Takes a block out and says since when it was idle; KeyError when it is not here."""
 
+    def since(self) -> dict[int, float]:
+        """Every block here with the time since when it is idle, a copy."""
+
     def next(self) -> int:
         """The block that goes next; the queue is not empty."""
 
@@ -76,6 +79,9 @@ class LruQueue:
     def add_first(self, block: int, since: float) -> None:
         self._order[block] = since
         self._order.move_to_end(block, last=False)
+
+    def since(self) -> dict[int, float]:
+        return dict(self._order)
 
     def next(self) -> int:
         return next(iter(self._order))
@@ -146,6 +152,9 @@ class RankQueue:
     def remove(self, block: int) -> float:
         return self._places.pop(block).since
 
+    def since(self) -> dict[int, float]:
+        return {block: place.since for block, place in self._places.items()}
+
     def next(self) -> int:
         heap, places = self._heap, self._places
         while True:
@@ -179,7 +188,7 @@ def make_ranks(policy: str, hits: Sequence[int], cost_s: Sequence[float]) -> Ran
         return Ranks(hits, None)
     if policy == "cost":
         return Ranks(hits, cost_s)
-    raise ConfigError(f"there is no eviction policy {policy!r}; set store.policy to one of {', '.join(POLICIES)}")
+    raise ConfigError(f"there is no eviction policy {policy!r}; choose one of {', '.join(POLICIES)}")
 
 
 def make_queue(ranks: Ranks | None) -> IdleQueue:

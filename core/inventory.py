@@ -18,20 +18,18 @@ references with a holder and an end. A pin is no reference: a pinned block that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
-from threading import Lock
 
 from core.blocks import KEY_BYTES, BlockKey
-from core.errors import OutOfBlocksError
-from core.inventory_changes import ChangeLog, Changes
-from core.inventory_table import BlockCounts, BlockTable, Entry, Evictions, Victim
+from core.errors import OutOfBlocksError, PinLimitError
+from core.inventory_changes import Changes
+from core.inventory_table import BlockCounts, Entry, Evictions, Victim
+from core.inventory_view import TableView
 from core.request import AttemptKey
 
 __all__ = ["BlockCounts", "Changes", "Entry", "Evictions", "Inventory", "Victim"]
 
-_PINNED_PART = 0.5
 
-
-class Inventory(BlockTable):
+class Inventory(TableView):
     """Allocation, references, keys, leases, pins and eviction of `num_blocks` blocks.
 
     `generations` is where the generation words live, one per block; a shared-memory arena passes its own so that readers
@@ -41,7 +39,7 @@ class Inventory(BlockTable):
 
     `policy` names an order of eviction of `core.eviction`; raises ConfigError when there is none of that name.
     `tenant_share` is the part of all blocks beyond which a tenant's committed ones are evicted before anybody else's.
-    `clock` tells seconds, for the ages of evicted blocks alone.
+    `pinned_max` is how many blocks can be pinned at a time, half of all for None. `clock` tells seconds, for ages alone.
     """
 
     def __init__(
@@ -51,10 +49,10 @@ class Inventory(BlockTable):
         *,
         policy: str = "lru",
         tenant_share: float = 1.0,
+        pinned_max: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        super().__init__(num_blocks, generations, policy, tenant_share, clock)
-        self._lock = Lock()
+        super().__init__(num_blocks, generations, policy, tenant_share, pinned_max, clock)
 
     def allocate(self, count: int, *, tenant: bytes | None = None) -> list[int]:
         """`count` blocks of undefined content, one reference each for the caller. All or nothing.
@@ -90,12 +88,22 @@ class Inventory(BlockTable):
                 blocks.append(block)
             return blocks
 
-    def commit(self, block: int, key: BlockKey, digest: int = 0, *, tenant: bytes = b"", cost_s: float = 0.0) -> int:
+    def commit(
+        self,
+        block: int,
+        key: BlockKey,
+        digest: int = 0,
+        *,
+        tenant: bytes = b"",
+        cost_s: float = 0.0,
+        shared: bool = True,
+    ) -> int:
         """Makes a held block findable under `key`; its content must be final. Returns the block to use from now on.
 
         When the key is already resident the caller's reference moves to that block and `block` loses it. Committing a
         block again under its own key changes nothing. `tenant` is whom the block is charged to; the first who commits a
         key is. `cost_s` is what computing the block again takes, known to the policy `cost` alone; 0: not known, goes first.
+        What is not `shared` is for this node alone: `changes` does not name it.
         """
         assert len(key) == KEY_BYTES, "only full blocks have keys"
         with self._lock:
@@ -110,7 +118,11 @@ class Inventory(BlockTable):
                 self._cost_s[block] = cost_s
                 if self._shares is not None:
                     self._shares.charge(tenant, 1)
-                for log in self._logs:
+                if self._clock is not None:
+                    self._committed_at[block] = self._clock()
+                if not shared:
+                    self._unshared.add(block)
+                for log in self._logs if shared else ():
                     if log.followed:
                         log.came(key)
             elif resident != block:
@@ -213,22 +225,20 @@ class Inventory(BlockTable):
     def pin(self, keys: Iterable[BlockKey]) -> int:
         """Keeps what is resident of `keys` from eviction until it is unpinned; idempotent. Returns how many of them are pinned.
 
-        Pin whole prefixes, first block first: no more than half of all blocks can be pinned, the rest of `keys` is not.
+        Raises PinLimitError when more than `pinned_max` blocks would be; nothing is pinned then.
         """
         with self._lock:
-            count, room = 0, int(self._total * _PINNED_PART) - len(self._pinned)
-            for key in keys:
-                block = self._by_key.get(key)
-                if block is None or (block not in self._pinned and room <= 0):
-                    continue
-                count += 1
-                if block not in self._pinned:
-                    room -= 1
-                    if not self._refs[block]:
-                        self._idle.remove(block)
-                    self._used((block,))
-                    self._pinned.add(block)
-            return count
+            blocks = dict.fromkeys(block for key in keys if (block := self._by_key.get(key)) is not None)
+            fresh = [block for block in blocks if block not in self._pinned]
+            if (count := len(self._pinned) + len(fresh)) > self._pinned_max:
+                raise PinLimitError(
+                    f"{count} of {self._total} blocks would be pinned here and {self._pinned_max} may be;"
+                    " unpin others, or raise store.pinned_share or the node's memory"
+                )
+            for block in fresh:
+                self._pinned[block] = 0.0 if self._refs[block] else self._idle.remove(block)
+                self._used((block,))
+            return len(blocks)
 
     def unpin(self, keys: Sequence[BlockKey]) -> int:
         """Lets blocks be evicted again, those of a prefix last first. Returns how many of `keys` were pinned."""
@@ -237,14 +247,9 @@ class Inventory(BlockTable):
             blocks = list(dict.fromkeys(blocks))
             for block in blocks:  # a reference of ours, so that they come to rest as released ones do
                 self._take(block)
-            self._pinned.difference_update(blocks)
+                del self._pinned[block]
             self._release(blocks)
             return len(blocks)
-
-    def pinned(self) -> int:
-        """Blocks that are pinned, held or not."""
-        with self._lock:
-            return len(self._pinned)
 
     def evict(self, keys: Iterable[BlockKey]) -> int:
         """Frees the cached ones among `keys` now and says how many that were; what is held or pinned stays."""
@@ -271,34 +276,6 @@ class Inventory(BlockTable):
             keys, digests = self._key, self._digest
             return [Victim(block, keys[block] or b"", digests[block]) for block in self._look_at_next(count)]
 
-    def changes(self, limit: int, *, everything: bool = False, log: ChangeLog | None = None) -> Changes:
-        """What became resident and what left since the last call, `limit` keys at most; the rest comes with the next call.
-
-        For one reader, and for each that has a log of its own from `follow`. An addition and a removal of one key cancel out.
-        The first call, and one that asks for `everything`, begin anew with all that is resident: see `Changes.lost`.
-        """
-        assert limit > 0, "a limit of nothing would never get anywhere"
-        with self._lock:
-            return (self._log if log is None else log).take(limit, self._by_key, everything)
-
-    def entries(self) -> list[Entry]:
-        """All resident blocks, in the order in which they were committed."""
-        with self._lock:  # copies, so that nobody waits while the list is made
-            by_key, pinned = list(self._by_key.items()), set(self._pinned)
-            digest, tenant, hits = list(self._digest), list(self._tenant), list(self._hits)
-            cost_s, refs = list(self._cost_s), list(self._refs)
-        return [Entry(key, b, digest[b], tenant[b], hits[b], cost_s[b], refs[b], b in pinned) for key, b in by_key]
-
-    def generation(self, block: int) -> int:
-        """Changes whenever the block is handed out again or freed."""
-        with self._lock:
-            return self._generation[block]
-
-    def digest(self, block: int) -> int:
-        """xxh3-64 of the block's bytes as last set, 0 when unknown."""
-        with self._lock:
-            return self._digest[block]
-
     def set_digest(self, block: int, digest: int, generation: int | None = None) -> bool:
         """Notes a block's digest. With `generation`, only if the block still is the one that was read; False otherwise."""
         with self._lock:
@@ -306,39 +283,3 @@ class Inventory(BlockTable):
                 return False
             self._digest[block] = digest
             return True
-
-    def key_of(self, block: int) -> BlockKey | None:
-        """The key a block is findable under, None while it is uncommitted."""
-        with self._lock:
-            return self._key[block]
-
-    def tenant_of(self, block: int) -> bytes:
-        """Whom a committed block is charged to."""
-        with self._lock:
-            return self._tenant[block]
-
-    def cost_of(self, block: int) -> float:
-        """What computing a committed block again takes, in seconds; 0 when nobody said."""
-        with self._lock:
-            return self._cost_s[block]
-
-    def tenants(self) -> dict[bytes, int]:
-        """Committed blocks by tenant; empty without shares."""
-        with self._lock:
-            return {} if self._shares is None else self._shares.charged()
-
-    def counts(self) -> BlockCounts:
-        with self._lock:
-            free, cached = len(self._free), len(self._idle) - len(self._parked)
-            return BlockCounts(self._total, free, cached, self._total - free - cached)
-
-    def leases_open(self) -> int:
-        with self._lock:
-            return len(self._leases)
-
-    def check(self) -> None:
-        """Asserts every invariant of the table; time in proportion to its size, so for idle moments and tests."""
-        with self._lock:
-            self._check_states()
-            self._check_keys()
-            self._leases.check(self._refs)

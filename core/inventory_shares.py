@@ -62,6 +62,9 @@ class SharedQueue:
         self._settle(tenant)
         return since
 
+    def since(self) -> dict[int, float]:
+        return self._all.since()
+
     def next(self) -> int:
         return self._own[next(iter(self._over))].next() if self._over else self._all.next()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from threading import Lock
 from typing import NamedTuple
 
 from core.blocks import BlockKey
@@ -33,7 +35,11 @@ class Victim(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A resident block, for tools. `hits` are the uses after the first."""
+    """A resident block, for tools. `hits` are the uses after the first.
+
+    `age_s` is the time since it was committed, `idle_s` that since it was last in use, 0 while somebody holds it. Without a
+    clock both are 0.
+    """
 
     key: BlockKey
     block: int
@@ -43,6 +49,8 @@ class Entry(NamedTuple):
     cost_s: float
     references: int
     pinned: bool
+    age_s: float
+    idle_s: float
 
 
 class Evictions:
@@ -66,11 +74,14 @@ class BlockTable:
         generations: MutableSequence[int] | None,
         policy: str,
         tenant_share: float,
+        pinned_max: int | None,
         clock: Callable[[], float] | None,
     ) -> None:
         assert num_blocks > 0, "an inventory needs at least one block"
         assert generations is None or len(generations) >= num_blocks, "one generation word per block"
         assert 0 < tenant_share <= 1, "a share is a part of the whole"
+        assert pinned_max is None or 0 <= pinned_max <= num_blocks, "of all blocks"
+        self._lock = Lock()
         self._total = num_blocks
         self._words = generations
         # Ours is the truth; what others can map is only ever written.
@@ -83,7 +94,10 @@ class BlockTable:
         self._tenant = [b""] * num_blocks
         self._by_key: dict[BlockKey, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._pinned: set[int] = set()
+        self._pinned: dict[int, float] = {}  # since when idle, for those that nobody holds
+        self._pinned_max = num_blocks // 2 if pinned_max is None else pinned_max
+        self._unshared: set[int] = set()  # committed for this node alone
+        self._committed_at = array("d", bytes(8 * num_blocks))
         # Blocks that are held by those who only look at them keep their place: in the queue until it comes up, and then
         # at the front, where they go back to when nobody used them meanwhile (idle since).
         self._parked: set[int] = set()
@@ -121,9 +135,12 @@ class BlockTable:
         self._hits[block] = 0
         if self._clock is not None:
             self.evictions.idle_s.observe(now - since)
-        for log in self._logs:
-            if log.followed:
-                log.went(key)
+        if block in self._unshared:
+            self._unshared.remove(block)
+        else:
+            for log in self._logs:
+                if log.followed:
+                    log.went(key)
         if self._ranks is not None:
             self._ranks.forget(block)
             self._cost_s[block] = 0.0
@@ -183,6 +200,7 @@ class BlockTable:
     def _rest(self, block: int, now: float) -> None:
         since = self._looked_at.pop(block, None)
         if block in self._pinned:
+            self._pinned[block] = now if since is None else since
             return
         if block in self._parked:
             self._parked.remove(block)  # it never left its place
@@ -239,10 +257,12 @@ class BlockTable:
             )
         assert all(self._refs[block] for block in self._looked_at), "a place is kept for a block that nobody looks at"
         assert all(self._refs[block] and block in self._idle for block in self._parked), "a place is kept for nobody"
-        assert not self._parked & (self._looked_at.keys() | self._pinned), "a block has two places"
+        assert not self._parked & (self._looked_at.keys() | self._pinned.keys()), "a block has two places"
 
     def _check_keys(self) -> None:
         committed = {key: block for block, key in enumerate(self._key) if key is not None}
+        assert all(self._key[block] is not None for block in self._unshared), "a nameless block is kept from others"
+        assert len(self._pinned) <= self._pinned_max, "more is pinned than may be"
         assert committed == self._by_key, "the key index and the blocks disagree"
         assert all(len(log) <= 2 * self._total for log in self._logs), "changes pile up"
         if self._shares is not None:

@@ -1,4 +1,4 @@
-"""Whose a block is and what computing it took stays with it on disk: across restarts and copies, whatever happens to the file."""
+"""Whose a block is and what computing it took stays with it on disk: across restarts, and whatever happens to the file."""
 
 from __future__ import annotations
 

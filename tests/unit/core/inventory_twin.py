@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from core.errors import OutOfBlocksError
+from core.errors import OutOfBlocksError, PinLimitError
 from core.inventory import Inventory
 from core.request import AttemptKey
 
@@ -16,6 +16,11 @@ def key(n: int) -> bytes:
     return n.to_bytes(16, "big")
 
 
+def shared(n: int) -> bool:
+    """Whether others hear of a key."""
+    return n % 7 != 3
+
+
 class Twin:
     """An inventory and its model side by side. Each operation does both and compares; misuse is never asked for.
 
@@ -23,7 +28,8 @@ class Twin:
     """
 
     def __init__(self, total: int, policy: str, share: float) -> None:
-        self.real = Inventory(total, policy=policy, tenant_share=share)
+        self.now = 0.0
+        self.real = Inventory(total, policy=policy, tenant_share=share, clock=lambda: self.now)
         self.total, self.policy = total, policy
         self.limit = max(1, int(total * share)) if share < 1 else total
         self.free = set(range(total))
@@ -38,9 +44,11 @@ class Twin:
         self.looked_at: set[int] = set()
         self.parked: set[int] = set()  # looked at too, and still in their place
         self.pinned: set[int] = set()
+        self.committed_at: dict[int, float] = {}
+        self.idle_since: dict[int, float] = {}
         self.heard: set[bytes] = set()
         self.asked = False
-        self.age, self.order, self.evicted, self.now = 0.0, 0, 0, 0.0
+        self.age, self.order, self.evicted, self.asked_to_go = 0.0, 0, 0, 0
         self.generations = {b: self.real.generation(b) for b in range(total)}
 
     def held(self) -> list[int]:
@@ -75,6 +83,8 @@ class Twin:
     def rest(self, block: int) -> None:
         if self.refs(block):
             return
+        if block not in self.looked_at | self.parked:
+            self.idle_since[block] = self.now
         if block not in self.keys:
             self.rank.pop(block, None)
             self.set_free(block)
@@ -91,7 +101,7 @@ class Twin:
         self.free.add(block)
 
     def forget(self, block: int) -> None:
-        del self.keys[block], self.tenant[block], self.cost[block]
+        del self.keys[block], self.tenant[block], self.cost[block], self.committed_at[block]
         self.idle.pop(block, None)
         self.rank.pop(block, None)
         self.hits[block] = 0
@@ -147,8 +157,11 @@ class Twin:
         if self.keys.get(block, k) != k:
             return
         resident = self.block_of(k)
-        assert self.real.commit(block, k, tenant=tenant, cost_s=cost) == (block if resident is None else resident)
+        assert self.real.commit(block, k, tenant=tenant, cost_s=cost, shared=shared(n)) == (
+            block if resident is None else resident
+        )
         if resident is None:
+            self.committed_at.setdefault(block, self.now)
             self.keys[block], self.tenant[block], self.cost[block] = k, tenant, cost
         elif resident != block:
             self.used(resident)
@@ -223,16 +236,18 @@ class Twin:
             self.ended(holder)
 
     def pin(self, numbers: list[int]) -> None:
-        count = 0
-        for n in numbers:
-            block = self.block_of(key(n))
-            if block is not None and (block in self.pinned or len(self.pinned) < self.total // 2):
-                if block not in self.pinned:
-                    self.looked_at.discard(block)
-                self.pinned.add(block)
-                self.take(block)
-                count += 1
-        assert self.real.pin([key(n) for n in numbers]) == count
+        blocks = {block for n in numbers if (block := self.block_of(key(n))) is not None}
+        fresh = blocks - self.pinned
+        try:
+            assert self.real.pin([key(n) for n in numbers]) == len(blocks)
+        except PinLimitError:
+            assert len(self.pinned | fresh) > self.total // 2
+            return
+        for block in fresh:
+            self.looked_at.discard(block)
+            self.pinned.add(block)
+            self.take(block)
+        assert len(self.pinned) <= self.total // 2
 
     def unpin(self, numbers: list[int]) -> None:
         blocks = list(dict.fromkeys(b for n in numbers if (b := self.block_of(key(n))) in self.pinned and b is not None))
@@ -248,6 +263,7 @@ class Twin:
         for block in blocks:
             self.forget(block)
             self.set_free(block)
+        self.asked_to_go += len(blocks)
 
     def victims(self, count: int) -> None:
         victims = self.real.victims(count)
@@ -269,7 +285,7 @@ class Twin:
         self.heard = ((set() if lost else self.heard) - set(removed)) | set(added)
         assert not set(removed) & set(added)
         if len(added) + len(removed) < limit:
-            assert self.heard == set(self.keys.values())
+            assert self.heard == {k for k in self.keys.values() if shared(int.from_bytes(k, "big"))}
 
     # -- comparisons
 
@@ -280,6 +296,7 @@ class Twin:
         assert self.real.leases_open() == len(self.leases)
         assert self.real.pinned() == len(self.pinned)
         assert self.real.evictions.for_space == self.evicted
+        assert self.real.evictions.idle_s.count == self.evicted + self.asked_to_go
 
     def agree_throughout(self) -> None:
         self.real.check()
@@ -288,3 +305,9 @@ class Twin:
             assert self.real.generation(block) == self.generations[block]
         entries = {e.block: (e.key, e.tenant, e.hits, e.references, e.pinned) for e in self.real.entries()}
         assert entries == {b: (k, self.tenant[b], self.hits[b], self.refs(b), b in self.pinned) for b, k in self.keys.items()}
+        ages = {e.block: (e.age_s, e.idle_s) for e in self.real.entries()}
+        assert ages == {b: (self.now - self.committed_at[b], self.idle_for(b)) for b in self.keys}
+
+    def idle_for(self, block: int) -> float:
+        in_use = self.refs(block) and block not in self.looked_at | self.parked
+        return 0.0 if in_use else self.now - self.idle_since[block]

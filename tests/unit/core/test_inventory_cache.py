@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from core.errors import ConfigError, OutOfBlocksError
+from core.clock import ManualClock
+from core.errors import ConfigError, OutOfBlocksError, PinLimitError
 from core.eviction import POLICIES
 from core.inventory import BlockCounts, Inventory
 
@@ -59,12 +60,68 @@ def test_pinned_blocks_are_not_evicted_until_they_are_unpinned() -> None:
     inventory.check()
 
 
-def test_half_of_the_blocks_can_be_pinned() -> None:
-    inventory = Inventory(5)
-    inventory.release(committed(inventory, 1, 2, 3))
-    assert inventory.pin([key(1), key(2), key(3)]) == 2
-    assert inventory.pin([key(1), key(2)]) == 2
-    assert inventory.counts().cached == 1
+@pytest.mark.parametrize(("total", "pinned_max", "room"), [(5, None, 2), (5, 1, 1), (5, 0, 0), (6, 4, 4), (4, 4, 4)])
+def test_so_many_blocks_can_be_pinned_and_no_more_all_or_none(total: int, pinned_max: int | None, room: int) -> None:
+    inventory = Inventory(total, pinned_max=pinned_max)
+    numbers = range(1, total + 1)
+    inventory.release(committed(inventory, *numbers))
+    assert inventory.pinned_max == room
+    if room < total:
+        with pytest.raises(PinLimitError, match=f"{room + 1} of {total} blocks would be pinned here and {room} may be"):
+            inventory.pin([key(n) for n in numbers[: room + 1]])
+    assert inventory.pinned() == 0
+    fit = [key(n) for n in numbers[:room]]
+    assert inventory.pin(fit) == inventory.pin(fit * 2) == room
+    assert set(inventory.pinned_keys()) == set(fit)
+    assert inventory.counts().cached == total - room
+    if room < total:
+        with pytest.raises(PinLimitError):
+            inventory.pin([key(total)])
+    inventory.check()
+
+
+def test_ages_tell_since_when_a_block_is_here_and_since_when_nobody_uses_it() -> None:
+    clock = ManualClock(50.0)
+    inventory = Inventory(4, clock=clock.now)
+    blocks = committed(inventory, 1, 2)
+
+    def ages() -> list[tuple[float, float]]:
+        return [(entry.age_s, entry.idle_s) for entry in inventory.entries()]
+
+    clock.advance(3.0)
+    assert ages() == [(3.0, 0.0)] * 2, "held: in use"
+    inventory.release(blocks)
+    clock.advance(4.0)
+    assert ages() == [(7.0, 4.0)] * 2
+    inventory.pin([key(2)])
+    inventory.look([key(1)])
+    clock.advance(1.0)
+    assert ages() == [(8.0, 5.0)] * 2, "neither is a use"
+    inventory.release(inventory.match([key(1), key(2)]))
+    clock.advance(2.0)
+    assert ages() == [(10.0, 0.0), (10.0, 2.0)], "the one who looked holds a block that was used meanwhile"
+    inventory.release(blocks[:1])
+    assert inventory.entries()[0].idle_s == 0.0
+    inventory.evict([key(1)])
+    assert committed(inventory, 1)
+    assert [(entry.key, entry.age_s) for entry in inventory.entries()] == [(key(2), 10.0), (key(1), 0.0)]
+
+
+def test_a_block_for_this_node_alone_is_found_here_and_told_to_nobody() -> None:
+    inventory = Inventory(4)
+    inventory.changes(10)
+    [mine, theirs] = inventory.allocate(2)
+    inventory.commit(mine, key(1), shared=False)
+    inventory.commit(theirs, key(2))
+    inventory.release([mine, theirs])
+    assert inventory.changes(10) == ([key(2)], [], False)
+    assert inventory.changes(10, everything=True) == ([key(2)], [], True)
+    inventory.release(inventory.match([key(1)]))
+    assert inventory.evict([key(1), key(2)]) == 2
+    assert inventory.changes(10) == ([], [key(2)], False)
+    [again] = committed(inventory, 1)
+    assert inventory.changes(10) == ([key(1)], [], False), "committed anew, for all"
+    inventory.release([again])
     inventory.check()
 
 
@@ -168,9 +225,9 @@ def test_entries_tell_of_every_resident_block() -> None:
     inventory.commit(third, key(3), 5, tenant=b"t", cost_s=0.5)
     inventory.pin([key(2)])
     assert inventory.entries() == [
-        (key(1), first, 0, b"", 1, 0.0, 1, False),
-        (key(2), second, 0, b"", 0, 0.0, 1, True),
-        (key(3), third, 5, b"t", 0, 0.5, 1, False),
+        (key(1), first, 0, b"", 1, 0.0, 1, False, 0.0, 0.0),
+        (key(2), second, 0, b"", 0, 0.0, 1, True, 0.0, 0.0),
+        (key(3), third, 5, b"t", 0, 0.5, 1, False, 0.0, 0.0),
     ]
 
 
@@ -188,5 +245,5 @@ def test_evictions_tell_how_long_blocks_had_been_idle() -> None:
 
 
 def test_a_policy_nobody_knows_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"store\.policy.*lru, lfu, cost"):
+    with pytest.raises(ConfigError, match=r"fifo.*lru, lfu, cost"):
         Inventory(1, policy="fifo")
