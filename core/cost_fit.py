@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from core.cost_model import Fit, StepCost, StepShape
+from core.cost_model import Fit, LinkCost, StepCost, StepShape
 
 _Floats = npt.NDArray[np.float64]
 
@@ -27,6 +27,35 @@ def fit_steps(samples: Sequence[tuple[StepShape, float]]) -> Fit:
     errors = np.abs(features @ coefficients - seconds) / seconds
     cost = StepCost(*map(float, coefficients))
     return Fit(cost, len(samples), float(np.median(errors)), float(np.quantile(errors, 0.9)))
+
+
+def heldout_errors(samples: Sequence[tuple[StepShape, float]], folds: int = 5) -> tuple[float, float]:
+    """Median and p90 of |predicted − measured| / measured on steps that the fit had not seen: each is left out once.
+
+    Raises ValueError as `fit_steps` does, of what a fold leaves.
+    """
+    errors: list[float] = []
+    for fold in range(folds):
+        cost = fit_steps([sample for n, sample in enumerate(samples) if n % folds != fold]).cost
+        left_out = samples[fold::folds]
+        errors += [abs(cost.step_s(shape) - seconds) / seconds for shape, seconds in left_out]
+    return float(np.median(errors)), float(np.quantile(errors, 0.9))
+
+
+def fit_link(samples: Sequence[tuple[int, float]]) -> LinkCost:
+    """From (bytes, seconds) of transfers of different sizes, the least relative squared error, nothing below zero.
+
+    Raises ValueError when the times say nothing of a rate.
+    """
+    sizes = np.array([size for size, _ in samples], dtype=np.float64)
+    seconds = np.array([taken for _, taken in samples], dtype=np.float64)
+    if len(samples) < 2 or not (seconds > 0).all():
+        raise ValueError(f"{len(samples)} transfers cannot be fitted; measure at least 2 of different sizes")
+    features = np.stack([np.ones_like(sizes), sizes], axis=1)
+    latency_s, byte_s = map(float, _nonnegative(features / seconds[:, None], np.ones(len(samples))))
+    if byte_s <= 0:
+        raise ValueError("larger transfers took no longer; measure larger ones")
+    return LinkCost(latency_s, 1 / byte_s)
 
 
 def _features(shape: StepShape) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ DistServe (appendix A) and Vidur fit the same terms. Router, planner and simulat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -132,10 +132,13 @@ class Drift:
         self._next = (self._next + 1) % self.WINDOW
 
     @property
+    def factor(self) -> float:
+        """Observed over predicted; 1 before anything was observed."""
+        return sorted(self._ratios)[len(self._ratios) // 2] if self._ratios else 1.0
+
+    @property
     def cost(self) -> StepCost:
-        if not self._ratios:
-            return self._cost
-        return self._cost.scaled(sorted(self._ratios)[len(self._ratios) // 2])
+        return self._cost.scaled(self.factor) if self._ratios else self._cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,9 @@ class LinkCost:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What `tandem profile` writes. `fingerprint`: of the model it was measured on, empty when it fits any (a GPU profile)."""
+    """What `tandem profile` writes. `fingerprint`: of the model it was measured on (hexadecimal), empty when it fits any (a GPU
+    profile). `median_error`, `p90_error`: on the steps it was fitted to; `heldout_…`: on steps it was not, fold by fold.
+    """
 
     steps: StepCost
     kv_token_bytes: int
@@ -161,10 +166,12 @@ class CostModel:
     samples: int = 0
     median_error: float = 0.0
     p90_error: float = 0.0
+    heldout_median_error: float = 0.0
+    heldout_p90_error: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        tree = asdict(self) | {"format": FORMAT, "steps": asdict(self.steps)}
-        return tree | {"links": {name: asdict(link) for name, link in self.links.items()}}
+        tree: dict[str, Any] = {"format": FORMAT} | {name: getattr(self, name) for name in self.__slots__}
+        return tree | {"steps": asdict(self.steps), "links": {name: asdict(link) for name, link in self.links.items()}}
 
     @staticmethod
     def from_json(tree: object, where: str) -> CostModel:
@@ -180,6 +187,9 @@ class CostModel:
             }
             if any(link.bytes_per_s <= 0 for link in links.values()):
                 raise ValueError("a link moves no bytes")
+            for name, kind in _PLAIN.items():
+                if name in fields:
+                    fields[name] = kind(name, fields[name])
             return CostModel(steps=steps, links=MappingProxyType(links), **fields)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ConfigError(f"{where} is no cost model ({error}); write one with `tandem profile --json {where}`") from None
@@ -189,3 +199,29 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     return float(value)
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+    return value
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {value!r}")
+    return value
+
+
+_PLAIN: Mapping[str, Callable[[str, object], object]] = MappingProxyType(
+    {
+        "kv_token_bytes": _count,
+        "samples": _count,
+        "fingerprint": _text,
+        "machine": _text,
+        "median_error": _number,
+        "p90_error": _number,
+        "heldout_median_error": _number,
+        "heldout_p90_error": _number,
+    }
+)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.cost_fit import fit_steps
+from core.cost_fit import fit_link, fit_steps, heldout_errors
 from core.cost_model import CostModel, Drift, LinkCost, StepCost, StepShape, pairs
 from core.errors import ConfigError
 
@@ -74,6 +74,27 @@ def test_noise_shows_in_the_reported_error():
     assert 0.05 < fit_steps(samples).median_error < 0.15
 
 
+def test_heldout_errors_tell_a_bent_machine_from_a_straight_one():
+    sizes = [shape for shape in shapes(random.Random(2), 60) if shape.prefill_tokens > 1]
+    straight = [(shape, COST.step_s(shape)) for shape in sizes]
+    bent = [(shape, COST.step_s(shape) * (1 if shape.prefill_tokens < 128 else 3)) for shape in sizes]
+    assert max(heldout_errors(straight)) < 1e-3 < 0.1 < heldout_errors(bent)[0]
+    with pytest.raises(ValueError, match="at least 5"):
+        heldout_errors(straight[:6], folds=3)
+
+
+def test_a_link_is_found_again():
+    truth = LinkCost(1e-4, 4e9)
+    found = fit_link([(size, truth.transfer_s(size)) for size in (2**16, 2**20, 2**24)])
+    assert (found.latency_s, found.bytes_per_s) == (pytest.approx(1e-4), pytest.approx(4e9))
+
+
+@pytest.mark.parametrize("samples", [[], [(1, 1.0)], [(1, 0.0), (2, 1.0)], [(100, 1.0), (200, 1.0), (300, 0.5)]])
+def test_transfers_that_say_nothing_of_a_rate_are_refused(samples):
+    with pytest.raises(ValueError, match=r"fitted|larger"):
+        fit_link(samples)
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_times_that_cannot_be_are_refused(seconds: float):
     with pytest.raises(ValueError, match="took no time"):
@@ -87,7 +108,7 @@ def test_too_few_steps_are_refused():
 
 def test_drift_follows_a_slower_machine_and_not_one_slow_step():
     drift, shape = Drift(COST), StepShape(100, 5050)
-    assert drift.cost == COST
+    assert (drift.cost, drift.factor) == (COST, 1.0)
     for _ in range(20):
         drift.observe(shape, COST.step_s(shape))
     drift.observe(shape, 50.0)
