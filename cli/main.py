@@ -6,12 +6,13 @@ from cli.app import app
 from cli.bench import bench
 from cli.down import down
 from cli.drain import drain
+from cli.explain import explain
 from cli.generate import generate
 from cli.kv import kv
 from cli.status import status
 from cli.up import up
 
-for verb in (up, down, status, generate, bench, drain):
+for verb in (up, down, status, generate, explain, bench, drain):
     app.command()(verb)
 app.add_typer(kv, name="kv")
 
