@@ -44,6 +44,10 @@ class EngineConfig(_Branch):
     """Tokens computed in one step: the chunk size of chunked prefill."""
     max_waiting: int = Field(1024, ge=1)
     prefix_cache: bool = True
+    eviction: Literal["lru", "lfu", "cost"] = "lru"
+    """Which cached blocks of a worker go first when memory is wanted; the store's is `store.policy`."""
+    tenant_share: float = Field(1.0, gt=0, le=1)
+    """Part of a worker's KV memory that one tenant's blocks may fill once others want it."""
     threads: int = Field(1, ge=1)
     """Torch threads of one worker. Token sequences are the same for the same number of threads."""
 
@@ -90,7 +94,9 @@ class StoreConfig(_Branch):
     policy: Literal["lru", "lfu", "cost"] = "lru"
     """What is evicted first."""
     tenant_share: float = Field(1.0, gt=0, le=1)
-    """Part of a node's memory that one tenant's blocks may fill."""
+    """Part of a store node's memory that one tenant's blocks may fill once others want it; `engine.tenant_share` for workers."""
+    pinned_share: float = Field(0.5, ge=0, le=1)
+    """Part of a node's blocks that operators may pin (`tandem kv pin`); workers keep room for the longest request besides."""
     offer: bool = True
     """Workers offer finished blocks to the store node of their host."""
     fetch: bool = True
@@ -103,7 +109,9 @@ class StoreConfig(_Branch):
     """How long the directory believes in a node that does not renew its word; the controller tells it of deaths sooner."""
     directory_timeout_s: float = Field(0.25, gt=0)
     replicate_hits: int = Field(0, ge=0)
-    """A block fetched so often from another host within a minute gets a copy in this host's store; 0: never."""
+    """A block fetched so often from another host within `replicate_window_s` gets a copy in this host's store; 0: never.
+    A copy that is used less often than that in five windows is given up, where somebody else has the block."""
+    replicate_window_s: float = Field(60.0, gt=0)
 
 
 class SloClassConfig(_Branch):

@@ -200,7 +200,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TierStat(_message.Message):
-    __slots__ = ("tier", "blocks", "blocks_max", "bytes", "hits", "misses", "evictions", "pinned")
+    __slots__ = ("tier", "blocks", "blocks_max", "bytes", "hits", "misses", "evictions", "pinned", "pinned_max")
     TIER_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_MAX_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +209,7 @@ class TierStat(_message.Message):
     MISSES_FIELD_NUMBER: _ClassVar[int]
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    PINNED_MAX_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     blocks: int
     blocks_max: int
@@ -217,7 +218,8 @@ class TierStat(_message.Message):
     misses: int
     evictions: int
     pinned: int
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., blocks: _Optional[int] = ..., blocks_max: _Optional[int] = ..., bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ..., pinned: _Optional[int] = ...) -> None: ...
+    pinned_max: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., blocks: _Optional[int] = ..., blocks_max: _Optional[int] = ..., bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., evictions: _Optional[int] = ..., pinned: _Optional[int] = ..., pinned_max: _Optional[int] = ...) -> None: ...
 
 class StatReply(_message.Message):
     __slots__ = ("worker_id", "epoch", "role", "layout", "tiers", "leases_open", "policy", "digest_failures")
@@ -246,7 +248,7 @@ class ListRequest(_message.Message):
     def __init__(self, limit: _Optional[int] = ...) -> None: ...
 
 class BlockEntry(_message.Message):
-    __slots__ = ("key", "tier", "bytes", "hits", "age_s", "tenant", "pinned", "digest")
+    __slots__ = ("key", "tier", "bytes", "hits", "age_s", "tenant", "pinned", "digest", "idle_s", "cost_s")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -255,6 +257,8 @@ class BlockEntry(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    COST_S_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     tier: Tier
     bytes: int
@@ -263,7 +267,9 @@ class BlockEntry(_message.Message):
     tenant: bytes
     pinned: bool
     digest: int
-    def __init__(self, key: _Optional[bytes] = ..., tier: _Optional[_Union[Tier, str]] = ..., bytes: _Optional[int] = ..., hits: _Optional[int] = ..., age_s: _Optional[float] = ..., tenant: _Optional[bytes] = ..., pinned: _Optional[bool] = ..., digest: _Optional[int] = ...) -> None: ...
+    idle_s: float
+    cost_s: float
+    def __init__(self, key: _Optional[bytes] = ..., tier: _Optional[_Union[Tier, str]] = ..., bytes: _Optional[int] = ..., hits: _Optional[int] = ..., age_s: _Optional[float] = ..., tenant: _Optional[bytes] = ..., pinned: _Optional[bool] = ..., digest: _Optional[int] = ..., idle_s: _Optional[float] = ..., cost_s: _Optional[float] = ...) -> None: ...
 
 class ListReply(_message.Message):
     __slots__ = ("entries",)
@@ -298,6 +304,26 @@ class EvictReply(_message.Message):
     EVICTED_FIELD_NUMBER: _ClassVar[int]
     evicted: int
     def __init__(self, evicted: _Optional[int] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("keys", "unpin", "all")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    UNPIN_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    unpin: bool
+    all: bool
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., unpin: _Optional[bool] = ..., all: _Optional[bool] = ...) -> None: ...
+
+class PinReply(_message.Message):
+    __slots__ = ("pinned", "pinned_blocks", "pinned_max")
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_MAX_FIELD_NUMBER: _ClassVar[int]
+    pinned: int
+    pinned_blocks: int
+    pinned_max: int
+    def __init__(self, pinned: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., pinned_max: _Optional[int] = ...) -> None: ...
 
 class MeetRequest(_message.Message):
     __slots__ = ("epoch", "group", "backend")

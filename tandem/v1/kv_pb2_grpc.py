@@ -85,6 +85,11 @@ class KvStub:
                 request_serializer=tandem_dot_v1_dot_kv__pb2.EvictRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_kv__pb2.EvictReply.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/tandem.v1.Kv/Pin',
+                request_serializer=tandem_dot_v1_dot_kv__pb2.PinRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_kv__pb2.PinReply.FromString,
+                _registered_method=True)
 
 
 class KvServicer:
@@ -157,6 +162,14 @@ class KvServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Keeps blocks in this node's memory, or lets go of them again. All of the keys that are here or, beyond the bound, none.
+        Soft state: pins end with the node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -209,6 +222,11 @@ def add_KvServicer_to_server(servicer, server):
                     servicer.Evict,
                     request_deserializer=tandem_dot_v1_dot_kv__pb2.EvictRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_kv__pb2.EvictReply.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=tandem_dot_v1_dot_kv__pb2.PinRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_kv__pb2.PinReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -481,6 +499,33 @@ class Kv:
             '/tandem.v1.Kv/Evict',
             tandem_dot_v1_dot_kv__pb2.EvictRequest.SerializeToString,
             tandem_dot_v1_dot_kv__pb2.EvictReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Kv/Pin',
+            tandem_dot_v1_dot_kv__pb2.PinRequest.SerializeToString,
+            tandem_dot_v1_dot_kv__pb2.PinReply.FromString,
             options,
             channel_credentials,
             insecure,
