@@ -20,8 +20,6 @@ from router.situation import Situation
 BEST_OF_EACH = 8
 CHUNK_TOKENS = 256
 """Of chunked prefill beside decodes: what one step adds to a gap."""
-LINK_BYTES_PER_S, LINK_LATENCY_S = 2e9, 1e-3
-"""Of a hand-off, until links are measured: shared memory is quicker, a network slower."""
 NEAR = 0.9
 """Part of a limit that a prediction may fill: predictions err."""
 
@@ -101,7 +99,7 @@ class _Split:
 
     def __init__(self, situation: Situation, need: Need) -> None:
         self._prefill, self._decode, self._need = situation.prefill, situation.decode, need
-        self._token_bytes = situation.token_bytes
+        self._token_bytes, self._link = situation.token_bytes, situation.view.link
         cached = matched_tokens(situation, self._prefill, need)
         self._new = need.tokens - cached
         self.queue_s = self._prefill.queue_s()
@@ -112,7 +110,7 @@ class _Split:
     def of(self, p: int, d: int) -> Forecast:
         prefill, decode, need = self._prefill, self._decode, self._need
         last_chunk = min(float(self._new[p]), CHUNK_TOKENS)
-        exposed_s = LINK_LATENCY_S + last_chunk * self._token_bytes / LINK_BYTES_PER_S
+        exposed_s = self._link.latency_s + last_chunk * self._token_bytes / self._link.bytes_per_s
         gap_s = float(self.gap_s[d])
         return Forecast(
             Pair(prefill.names[p], decode.names[d]),

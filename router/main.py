@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from core.clock import SystemClock
 from core.config import Config
+from core.cost_file import read_cost_model
 from core.hostspec import HostSpec
 from core.report import WorkerReport, WorkerState
 from core.reporter import Reporter, first_report
@@ -26,12 +27,14 @@ from router.dispatch import Dispatcher
 from router.frontend import Frontend
 from router.http import build_app
 from router.links import Links
-from router.metrics import RouterMetrics, RouterStats
+from router.metrics import PriorMetrics, RouterMetrics, RouterStats
 from router.modelcard import VERSION_UNKNOWN, ModelKnowledge
 from router.placing import Placer
 from router.policies import make_policy
+from router.prior import Prior
 from router.service import InferenceServicer, StatusServicer
 from router.slo import TermsOf
+from router.view import ClusterView
 from router.watch import Watch
 from router.web import web_server
 from tandem.v1.cluster_pb2_grpc import add_ClusterServicer_to_server
@@ -55,7 +58,7 @@ class RouterInfo(NamedTuple):
 async def run(spec: HostSpec, stop: asyncio.Event, on_ready: Callable[[RouterInfo], None] | None = None) -> None:
     """Serves until `stop` is set, then finishes what runs within the grace time.
 
-    Raises ConfigError when it cannot start: no tokenizer, unknown policy, an address in use.
+    Raises ConfigError when it cannot start: no tokenizer, unknown policy, an address in use, a cost model of another model.
     """
     text = await asyncio.to_thread(Tokenizer.load, spec.config.model.path)
     await Router(spec, text).serve(stop, on_ready)
@@ -78,7 +81,11 @@ class Router:
         self._text = text
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(RouterMetrics(stats, self.dispatcher))
-        self._watch = Watch(spec.controller, spec.worker_id, self.dispatcher.follow)
+        self._clock = clock
+        self._prior = prior_of(spec.config)
+        if self._prior is not None:
+            self._registry.register(PriorMetrics(self._prior))
+        self._watch = Watch(spec.controller, spec.worker_id, self._follow)
         self._said = first_report(spec)
         self._reporter = Reporter(spec, self._report, lambda deadline_s: self._drain.set())
         self._drain = asyncio.Event()
@@ -120,6 +127,8 @@ class Router:
         was: bool | None = None
         while True:
             self._changed.clear()
+            if self._prior is not None and was is not True:
+                self._prior.check(self.dispatcher.view)
             ready = self.frontend.ready()
             if ready != was:
                 await server.set_serving(ready)
@@ -129,6 +138,14 @@ class Router:
                     on_ready = None
                 was = ready
             await self._changed.wait()
+
+    def _follow(self, view: ClusterView) -> None:
+        """A snapshot as it came; the dispatcher sees it with what the cost model says of those who have learned nothing."""
+        if self._prior is not None:
+            for line in self._prior.watch(self._clock.now(), view):
+                log.warning(line)
+            view = self._prior.under(view)
+        self.dispatcher.follow(view)
 
     def _report(self) -> WorkerReport:
         """Once it has been ready, a router without workers is still ready: it queues until they are replaced."""
@@ -157,6 +174,12 @@ def limits_from(config: Config) -> Limits:
         request_timeout_s=router.request_timeout_s,
         max_attempts=router.max_attempts,
     )
+
+
+def prior_of(config: Config) -> Prior | None:
+    """What `router.cost_model` names. Raises ConfigError when it is no cost model."""
+    path = config.router.cost_model
+    return Prior(read_cost_model(path), path, config.transfer.transport) if path else None
 
 
 def _version() -> str:

@@ -10,9 +10,11 @@ from prometheus_client.registry import Collector
 
 from core.errors import TandemError
 from core.telemetry import Histogram, histogram_family
+from router.attainment import Attainment
 from router.dispatch import Dispatcher
 from router.frontend_types import Timing, Usage
 from router.journey import State
+from router.prior import Prior
 
 TTFT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
 TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
@@ -27,6 +29,7 @@ class RouterStats:
         self.itl_s = Histogram(TOKEN_SECONDS)
         self.tpot_s = Histogram(TOKEN_SECONDS)
         self.e2e_s = Histogram(TOTAL_SECONDS)
+        self.attainment = Attainment()
         self.outcomes: Counter[str] = Counter()
         self.running = 0
         self.tokens = 0
@@ -82,6 +85,24 @@ class RouterMetrics(Collector):
         yield _counter("tandem_router_prompt_tokens", "Prompt tokens of completed requests", stats.prompt_tokens)
         yield _counter("tandem_router_cached_prompt_tokens", "... that a worker had cached", stats.cached_tokens)
         yield self._workers()
+        yield from self._goodput()
+        yield from self._predictions()
+
+    def _goodput(self) -> Iterable[Metric]:
+        attained = self._stats.attainment
+        outcomes = attained.outcomes
+        yield _by("tandem_router_goodput", "Requests by whether they met all their limits", ("class", "outcome"), outcomes)
+        text = "Limits that completed requests missed"
+        yield _by("tandem_router_slo_violations", text, ("class", "limit"), attained.violations)
+        parts = [(histogram, {"part": part}) for part, histogram in attained.parts.items()]
+        yield histogram_family("tandem_router_request_part_seconds", "Where the time until the second token went", parts)
+
+    def _predictions(self) -> Iterable[Metric]:
+        errors = self._dispatcher.placer.errors
+        for name, what, table in (("ttft", "time to first token", errors.ttft), ("tpot", "mean token gap", errors.tpot)):
+            rows = [(histogram, {"policy": policy}) for policy, histogram in sorted(table.items())]
+            text = f"|predicted - actual| / actual of the {what}"
+            yield histogram_family(f"tandem_router_{name}_prediction_error_ratio", text, rows)
 
     def _workers(self) -> Metric:
         family = GaugeMetricFamily("tandem_router_workers_connected", "Workers with a session", labels=["role"])
@@ -91,6 +112,27 @@ class RouterMetrics(Collector):
         for role, count in sorted(roles.items()):
             family.add_metric([role], count)
         return family
+
+
+class PriorMetrics(Collector):
+    """How far workers have departed from the cost model that was configured."""
+
+    def __init__(self, prior: Prior) -> None:
+        self._prior = prior
+
+    def collect(self) -> Iterable[Metric]:
+        name, text = "tandem_router_cost_drift_ratio", "What a worker's steps take, over what router.cost_model says"
+        family = GaugeMetricFamily(name, text, labels=["worker"])
+        for worker, factor in sorted(self._prior.factors.items()):
+            family.add_metric([worker], factor)
+        yield family
+
+
+def _by(name: str, text: str, labels: tuple[str, ...], counts: Counter[tuple[str, str]]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for values, count in sorted(counts.items()):
+        family.add_metric(values, count)
+    return family
 
 
 def _by_outcome(name: str, text: str, counts: Counter[str]) -> Metric:

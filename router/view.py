@@ -7,11 +7,15 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from core.blocks import KvLayout
-from core.cost_model import StepCost
+from core.cost_model import LinkCost, StepCost
 from core.report import WorkerState
 from core.request import WorkerRole
 
 SERVING_ROLES = frozenset({WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED})
+
+
+ASSUMED_LINK = LinkCost(latency_s=1e-3, bytes_per_s=2e9)
+"""Of a hand-off where none was measured: shared memory is quicker, a network slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class ClusterView:
 
     version: int = 0
     workers: Mapping[str, WorkerView] = field(default_factory=lambda: MappingProxyType({}))
+    link: LinkCost = ASSUMED_LINK
+    """Over which hand-offs go."""
 
     def keeping(self, old: ClusterView, connected: frozenset[str]) -> ClusterView:
         """Adds what `old` knew of connected workers that this snapshot does not name: a new controller has yet to hear
