@@ -113,13 +113,7 @@ class Splitwise(Scored):
 
 def matched_tokens(situation: Situation, pool: Pool, need: Need) -> Column:
     """Prompt tokens that each worker has cached, as far as the index knows; at least one is always computed."""
-    matched = np.zeros(len(pool))
-    if situation.index is not None and need.keys:
-        for name, blocks in situation.index.match(need.keys).blocks.items():
-            row = pool.row.get(name)
-            if row is not None:
-                matched[row] = min(blocks * pool.block_tokens[row], need.tokens - 1)
-    return matched
+    return np.minimum(situation.cached_blocks(pool, need.keys) * pool.block_tokens, max(need.tokens - 1, 0))
 
 
 def _rotated(count: int, start: int) -> Column:

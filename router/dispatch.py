@@ -231,7 +231,7 @@ class Dispatcher:
             case ev.Accepted():
                 live.accepted = True
                 live.asked_at = None
-                self.placer.accepted(live.journey.claim, live.keys or ())
+                self.placer.accepted(live.journey.claim, live.keys or (), self._clock.now())
                 self._pace.accepted(self._clock.now())
                 self._leave_queue(live)
                 live.sink.accepted()

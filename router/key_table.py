@@ -15,7 +15,7 @@ from core.blocks import KEY_BYTES, BlockKey
 
 Keys = npt.NDArray[np.uint64]
 Values = npt.NDArray[np.uint32]
-_Places = npt.NDArray[np.int64]
+Places = npt.NDArray[np.int64]
 
 NOTHING = 0
 """The value of a key that is not in the table."""
@@ -27,8 +27,13 @@ DROPPED_SHARE = 8  # of a full table an eighth, the oldest, makes room at once
 
 def short_keys(keys: Sequence[BlockKey]) -> Keys:
     """The first 8 bytes of each key, as numbers above those the table uses for itself."""
-    words: Keys = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, KEY_BYTES // 8)[:, 0]
-    return np.maximum(words, _LOWEST)
+    return packed_keys(b"".join(keys))
+
+
+def packed_keys(keys: bytes) -> Keys:
+    """As `short_keys`, of keys that lie one after another."""
+    words: Keys = np.maximum(np.frombuffer(keys, dtype="<u8")[:: KEY_BYTES // 8], _LOWEST)
+    return words
 
 
 class KeyTable:
@@ -50,17 +55,21 @@ class KeyTable:
 
     def get(self, keys: Keys) -> Values:
         """The value of each key, NOTHING where there is none."""
-        places = self._find(keys)
+        return self.at(self.find(keys))
+
+    def at(self, places: Places) -> Values:
+        """The values at places that `find` gave."""
         return np.where(places >= 0, self._values[places], np.uint32(NOTHING))
 
-    def put(self, keys: Keys, values: Values) -> None:
-        """Sets the values of distinct `keys`; NOTHING removes."""
-        places = self._find(keys)
+    def put(self, keys: Keys, values: Values, places: Places | None = None) -> None:
+        """Sets the values; NOTHING removes. A key that comes twice has the same value twice. `places`: of `find`, just now."""
+        if places is None:
+            places = self.find(keys)
         known = places >= 0
-        gone = known & (values == NOTHING)
         self._values[places[known]] = values[known]
-        self._keys[places[gone]] = _DELETED
-        self._live -= int(gone.sum())
+        gone = np.unique(places[known & (values == NOTHING)])
+        self._keys[gone] = _DELETED
+        self._live -= gone.size
         new = ~known & (values != NOTHING)
         if new.any():
             self._make_room(int(new.sum()))
@@ -83,6 +92,24 @@ class KeyTable:
         used[self._values[self._keys > _DELETED]] = True
         return used
 
+    def find(self, keys: Keys) -> Places:
+        """Where each key is, −1 where it is not; true until the next `put`."""
+        mask = np.uint64(self._keys.size - 1)
+        at = (keys & mask).view(np.int64)
+        found = self._keys.take(at)
+        same = found == keys
+        places = np.where(same, at, np.int64(-1))
+        open_ = np.flatnonzero(~same & (found != _EMPTY))
+        wanted, at = keys[open_], at[open_]
+        while open_.size:
+            at = (at + 1) & np.int64(mask)
+            found = self._keys.take(at)
+            same = found == wanted
+            places[open_[same]] = at[same]
+            rest = np.flatnonzero(~same & (found != _EMPTY))
+            open_, wanted, at = open_[rest], wanted[rest], at[rest]
+        return places
+
     # ---- inside ----------------------------------------------------------------------------------------------------
 
     def _reset(self, size: int) -> None:
@@ -92,20 +119,6 @@ class KeyTable:
         self._used = 0  # places that are not empty, deleted ones included
         self._live = 0
 
-    def _find(self, keys: Keys) -> _Places:
-        mask = np.int64(self._keys.size - 1)
-        at = (keys & np.uint64(mask)).astype(np.int64)
-        found = self._keys[at]
-        places = np.where(found == keys, at, np.int64(-1))
-        open_ = np.flatnonzero((found != keys) & (found != _EMPTY))
-        while open_.size:
-            at[open_] = (at[open_] + 1) & mask
-            found = self._keys[at[open_]]
-            hit = found == keys[open_]
-            places[open_[hit]] = at[open_[hit]]
-            open_ = open_[~hit & (found != _EMPTY)]
-        return places
-
     def _insert(self, keys: Keys, values: Values, stamps: Values) -> None:
         """Of keys that are not in the table, into a table with room."""
         mask = np.int64(self._keys.size - 1)
@@ -113,17 +126,20 @@ class KeyTable:
         left = np.arange(keys.size)
         while left.size:
             found = self._keys[at[left]]
+            left = left[found != keys[left]]  # it came twice
+            found = self._keys[at[left]]
             free = np.flatnonzero(found <= _DELETED)
             _, first = np.unique(at[left[free]], return_index=True)  # of several that want one place, one gets it
             winners = left[free[first]]
             places = at[winners]
             self._used += int((self._keys[places] == _EMPTY).sum())
             self._keys[places], self._values[places], self._stamps[places] = keys[winners], values[winners], stamps[winners]
-            waiting = np.ones(left.size, dtype=np.bool_)
+            self._live += winners.size
+            taken = found > _DELETED
+            at[left[taken]] = (at[left[taken]] + 1) & mask
+            waiting = np.ones(left.size, dtype=np.bool_)  # who lost a race looks at the same place again
             waiting[free[first]] = False
             left = left[waiting]
-            at[left] = (at[left] + 1) & mask
-        self._live += keys.size
 
     def _make_room(self, more: int) -> None:
         if 2 * (self._used + more) > self._keys.size:

@@ -9,33 +9,38 @@ from dataclasses import replace
 from core.blocks import BlockKey
 from core.errors import TandemError
 from core.request import FinishReason
+from router.attainment import CLASS_UNNAMED
 from router.attempt import JourneySpec
+from router.block_index import BlockIndex
 from router.decisions import Decisions, Explanation, Outcome
 from router.goodput import forecast
 from router.journey import Journey
+from router.kv_events import KvEvents
 from router.lengths import Lengths
 from router.policies import name_of
 from router.policy import Decision, Need, Pair, Policy
 from router.prediction import PredictionErrors
-from router.prefix_index import PrefixIndex
 from router.situation import Situation
 from router.view import Claim, Claims, ClusterView
 
 log = logging.getLogger(__name__)
 
 INDEX_BLOCKS_MAX = 1_000_000
-CLASS_UNNAMED = "standard"
 
 
 class Placer:
     """Belongs to one dispatcher. `stale_after_s`: older reports are discounted. `draws`: for policies that draw lots.
 
-    The index is fed by the router's own placements: whoever computes a prompt will have its blocks.
+    The index is there for a policy that looks at it. It is fed by what nodes say of their blocks (`events`), and by the
+    router's own placements until they do: whoever computes a prompt will have its blocks.
     """
 
-    def __init__(self, policy: Policy, stale_after_s: float, draws: random.Random) -> None:
+    def __init__(
+        self, policy: Policy, stale_after_s: float, draws: random.Random, index_blocks_max: int = INDEX_BLOCKS_MAX
+    ) -> None:
         self.claims = Claims()
-        self.index = PrefixIndex(INDEX_BLOCKS_MAX)
+        self.index = BlockIndex(index_blocks_max) if policy.wants_keys and index_blocks_max else None
+        self.events = KvEvents(self.index) if self.index is not None else None
         self.decisions = Decisions()
         self.errors = PredictionErrors()
         self._policy = policy
@@ -54,7 +59,7 @@ class Placer:
 
     def keys(self, situation: Situation, spec: JourneySpec) -> tuple[BlockKey, ...]:
         """Of the prompt's full blocks, for a policy that looks at them."""
-        return situation.prompt_keys(spec.prompt, spec.cache_salt) if self._policy.wants_keys else ()
+        return situation.prompt_keys(spec.prompt, spec.cache_salt) if self.index is not None else ()
 
     def decide(self, situation: Situation, need: Need, journey: Journey) -> Decision:
         """The policy's choice, kept with what is predicted of it: also where the policy itself predicts nothing."""
@@ -91,24 +96,25 @@ class Placer:
         self.claims.swap(old, new)
         self._situation.moved(old, new)
 
-    def accepted(self, claim: Claim, keys: tuple[BlockKey, ...]) -> None:
+    def accepted(self, claim: Claim, keys: tuple[BlockKey, ...], now: float) -> None:
         """A worker took the prompt with these keys."""
         where = claim.prefill or claim.decode
-        if keys and where is not None:
-            self.index.added(where, keys)
+        if keys and where is not None and self.index is not None:
+            self.index.expect(where, keys, now)
 
     def lost(self, worker: str) -> None:
         """Its session is over: it may have forgotten everything."""
-        self.index.forget(worker)
+        if self.events is not None:
+            self.events.down(worker)
 
     def _see(self, view: ClusterView, connected: frozenset[str]) -> Situation:
         return Situation(view, connected, self.claims, self.index, self._stale_after_s)
 
 
 def _about(spec: JourneySpec, policy: str, need: Need) -> Explanation:
-    return Explanation(spec.request_id, policy, CLASS_UNNAMED, spec.slo, len(spec.prompt), need.output_tokens)
+    return Explanation(spec.request_id, policy, spec.slo_class or CLASS_UNNAMED, spec.slo, len(spec.prompt), need.output_tokens)
 
 
 def _group(spec: JourneySpec) -> str:
-    """Whose answers are alike: until tenants have names, those that share a cache."""
-    return spec.cache_salt.hex()
+    """Whose answers are alike."""
+    return f"{spec.tenant}\0{spec.slo_class}"

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.cost_model import StepCost
+from router.block_index import BlockIndex
 from router.view import Claims, WorkerView
 
 Column = npt.NDArray[np.float64]
@@ -52,6 +53,7 @@ class Pool:
         self.waiting_tokens = self._reported_tokens.copy()
         self.running = self._reported_running.copy()
         self.context = self._reported_context.copy()
+        self._slots_version = -1
         self.refresh(self.names)
 
     def __len__(self) -> int:
@@ -69,6 +71,12 @@ class Pool:
             self.waiting_tokens[row] = max(self._reported_tokens[row], tokens)
             self.running[row] = max(self._reported_running[row], claims.running(name))
             self.context[row] = max(self._reported_context[row], claims.context_tokens(name))
+
+    def of_slots(self, values: npt.NDArray[np.int64], index: BlockIndex) -> Column:
+        """What the index has by slot, by row."""
+        if self._slots_version != index.slots.version:
+            self._slots, self._slots_version = index.places(self.names), index.slots.version
+        return values[self._slots].astype(np.float64)
 
     def allowed(self, avoid: frozenset[str]) -> Mask:
         mask = np.ones(len(self.names), dtype=np.bool_)

@@ -8,98 +8,149 @@ believes costs a miss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
-from core.blocks import BlockKey
-from router.key_table import NOTHING, KeyTable, short_keys
+from router.key_table import NOTHING, Keys, KeyTable, Values
 
 BLOCKS_MAX = 4_000_000
 SETS_MAX = 65_536
+DEAD_MAX = 32
+LOOK_KEYS = 256
+"""Looked up first: most prompts end their known part early, and the rest is not worth a cache miss per block."""
+
+Depths = npt.NDArray[np.int64]
+"""Blocks of a prefix by slot of its holder; one more element, which is 0, for whoever has no slot."""
 
 
-class Match(NamedTuple):
-    """Blocks of the prefix that each node holds, for those that hold any; `best` is the longest."""
+class Slots:
+    """Numbers for node names, used again some time after their nodes have gone. Shared by the indexes of all tiers."""
 
-    blocks: dict[str, int]
-    best: int
+    def __init__(self) -> None:
+        self.of: dict[str, int] = {}
+        self.names: list[str] = []
+        self.alive = 0
+        """A bit per node that has not gone."""
+        self.dead = 0
+        self.version = 0
+        """Another one when a name has another number."""
+        self._free: list[int] = []
+
+    def take(self, node: str) -> int:
+        slot = self.of.get(node)
+        if slot is None:
+            if self._free:
+                slot = self._free.pop()
+                self.names[slot] = node
+            else:
+                slot = len(self.names)
+                self.names.append(node)
+            self.of[node] = slot
+            self.alive |= 1 << slot
+            self.version += 1
+        return slot
+
+    def drop(self, node: str) -> bool:
+        """Nothing that the node held counts from now on. False for unknown nodes."""
+        slot = self.of.pop(node, None)
+        if slot is None:
+            return False
+        self.alive &= ~(1 << slot)
+        self.dead |= 1 << slot
+        self.version += 1
+        return True
+
+    def worth_sweeping(self) -> bool:
+        """Sweeping looks at every key, so the dead are swept together where there are many nodes."""
+        dead = self.dead.bit_count()
+        return dead >= DEAD_MAX or 4 * dead >= max(1, len(self.of))
+
+    def swept(self) -> None:
+        """No index names dead slots any more."""
+        self._free += _bits(self.dead).tolist()
+        self.dead = 0
 
 
 class PrefixIndex:
     """One per tier. `blocks_max` keys at most: beyond them the ones that were learned first are forgotten."""
 
-    def __init__(self, blocks_max: int = BLOCKS_MAX) -> None:
+    def __init__(self, slots: Slots, blocks_max: int = BLOCKS_MAX) -> None:
+        self._slots = slots
         self._table = KeyTable(blocks_max)
         self._sets: list[int] = [0]  # by number; NOTHING is the empty set
         self._number: dict[int, int] = {0: NOTHING}
-        self._slot: dict[str, int] = {}
-        self._name: dict[int, str] = {}
-        self._alive = 0
-        self._free: list[int] = []
+        self._sets_max = SETS_MAX
 
     def __len__(self) -> int:
         return len(self._table)
 
     @property
     def nbytes(self) -> int:
-        """Of the table; the sets are few."""
-        return self._table.nbytes
+        """Of the table and the sets."""
+        each = (max(self._slots.alive.bit_length(), 1) + 29) // 30 * 4 + 24
+        return self._table.nbytes + len(self._sets) * (each + 100)
 
-    def added(self, node: str, keys: Sequence[BlockKey]) -> None:
-        bit = 1 << self._slot_of(node)
+    def added(self, node: str, keys: Keys) -> None:
+        bit = 1 << self._slots.take(node)
         self._update(keys, lambda held: held | bit)
 
-    def removed(self, node: str, keys: Sequence[BlockKey]) -> None:
-        slot = self._slot.get(node)
+    def removed(self, node: str, keys: Keys) -> None:
+        slot = self._slots.of.get(node)
         if slot is not None:
             self._update(keys, lambda held: held & ~(1 << slot))
 
-    def forget(self, node: str) -> None:
-        """Everything the node held. Costs time in proportion to the table: nodes rarely go."""
-        slot = self._slot.pop(node, None)
-        if slot is None:
-            return
-        del self._name[slot]
-        self._alive &= ~(1 << slot)
-        self._free.append(slot)
-        self._rename([self._number_of(held & ~(1 << slot)) for held in list(self._sets)])
+    def sweep(self) -> None:
+        """Forgets what dead slots held. Costs time in proportion to the table."""
+        kept = ~self._slots.dead
+        changed = np.array([self._number_of(held & kept) for held in list(self._sets)], dtype=np.uint32)
+        self._table.replace_values(np.concatenate([changed, np.arange(len(changed), len(self._sets), dtype=np.uint32)]))
+        self._forget_unused_sets()
 
-    def resync(self, node: str, keys: Sequence[BlockKey]) -> None:
-        """The node's whole truth takes the place of what was known of it."""
-        self.forget(node)
-        self.added(node, keys)
-
-    def match(self, keys: Sequence[BlockKey]) -> Match:
-        """How far into `keys` each node's blocks reach without a gap."""
-        if not keys or not self._alive:
-            return Match({}, 0)
-        numbers = self._table.get(short_keys(keys))
-        edges = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
-        blocks: dict[str, int] = {}
-        mask = self._alive
-        for depth in (0, *edges.tolist()):
-            kept = mask & self._sets[numbers[depth]]
-            if depth and kept != mask:
-                self._note(mask & ~kept, depth, blocks)
-            mask = kept
-            if not mask:
-                break
-        self._note(mask, len(keys), blocks)
-        return Match(blocks, max(blocks.values(), default=0))
+    def depths(self, keys: Keys) -> Depths:
+        """How far into `keys` the blocks of the node of each slot reach without a gap."""
+        slots = self._slots
+        depths = np.zeros(len(slots.names) + 1, dtype=np.int64)
+        mask, start = slots.alive, 0
+        while mask and start < keys.size:
+            end = LOOK_KEYS if start == 0 else keys.size
+            numbers = self._table.get(keys[start:end])
+            edges = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
+            for depth in (0, *edges.tolist()):
+                kept = mask & self._sets[numbers[depth]]
+                if kept != mask:
+                    if start + depth:
+                        depths[_bits(mask & ~kept)] = start + depth
+                    mask = kept
+                    if not mask:
+                        break
+            start = end
+        if mask:
+            depths[_bits(mask)] = keys.size
+        return depths
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _update(self, keys: Sequence[BlockKey], change: Callable[[int], int]) -> None:
-        if not keys:
+    def _update(self, keys: Keys, change: Callable[[int], int]) -> None:
+        if not keys.size:
             return
-        short = np.unique(short_keys(keys))
-        before, which = np.unique(self._table.get(short), return_inverse=True)
-        after = np.array([self._number_of(change(self._sets[number])) for number in before], dtype=np.uint32)
-        self._table.put(short, after[which])
-        if len(self._sets) > SETS_MAX:
+        places = self._table.find(keys)
+        before = self._table.at(places)
+        edges = np.flatnonzero(before[1:] != before[:-1]) + 1
+        starts = [0, *edges.tolist()]
+        known: dict[int, int] = {}
+        after = np.array([self._changed(number, change, known) for number in before[starts].tolist()], dtype=np.uint32)
+        values: Values = np.repeat(after, np.diff([*starts, keys.size]))
+        self._table.put(keys, values, places)
+        if len(self._sets) > self._sets_max:
             self._forget_unused_sets()
+
+    def _changed(self, number: int, change: Callable[[int], int], known: dict[int, int]) -> int:
+        after = known.get(number)
+        if after is None:
+            after = known[number] = self._number_of(change(self._sets[number]))
+        return after
 
     def _number_of(self, held: int) -> int:
         number = self._number.get(held)
@@ -112,29 +163,15 @@ class PrefixIndex:
         used = self._table.values_in_use(len(self._sets))
         used[NOTHING] = True
         kept = np.flatnonzero(used)
-        changed = np.zeros(len(self._sets), dtype=np.uint32)
+        changed: Values = np.zeros(len(self._sets), dtype=np.uint32)
         changed[kept] = np.arange(len(kept), dtype=np.uint32)
-        self._sets = [self._sets[number] for number in kept]
+        self._sets = [self._sets[number] for number in kept.tolist()]
         self._number = {held: number for number, held in enumerate(self._sets)}
         self._table.replace_values(changed)
+        self._sets_max = max(SETS_MAX, 2 * len(self._sets))
 
-    def _rename(self, numbers: Sequence[int]) -> None:
-        """Set number n is called `numbers[n]` from now on."""
-        changed = np.arange(len(self._sets), dtype=np.uint32)  # sets made just now keep theirs
-        changed[: len(numbers)] = numbers
-        self._table.replace_values(changed)
 
-    def _slot_of(self, node: str) -> int:
-        slot = self._slot.get(node)
-        if slot is None:
-            slot = self._free.pop() if self._free else len(self._slot)
-            self._slot[node] = slot
-            self._name[slot] = node
-            self._alive |= 1 << slot
-        return slot
-
-    def _note(self, mask: int, depth: int, blocks: dict[str, int]) -> None:
-        while mask:
-            lowest = mask & -mask
-            blocks[self._name[lowest.bit_length() - 1]] = depth
-            mask ^= lowest
+def _bits(mask: int) -> npt.NDArray[np.int64]:
+    """The places of the ones."""
+    packed = np.frombuffer(mask.to_bytes((mask.bit_length() + 7) // 8, "little"), dtype=np.uint8)
+    return np.flatnonzero(np.unpackbits(packed, bitorder="little"))

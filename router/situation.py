@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from core.blocks import BlockKey, KvLayout, block_keys, root_key
 from core.report import WorkerState
 from core.request import WorkerRole
-from router.pools import Pool
-from router.prefix_index import PrefixIndex
+from router.block_index import BlockIndex
+from router.pools import Column, Pool
 from router.view import Claim, Claims, ClusterView, WorkerView
 
 NOBODY: frozenset[str] = frozenset()
@@ -26,7 +28,7 @@ class Situation:
     view: ClusterView
     connected: frozenset[str]
     claims: Claims
-    index: PrefixIndex | None = None
+    index: BlockIndex | None = None
     stale_after_s: float = float("inf")
 
     def candidates(self, role: WorkerRole, avoid: frozenset[str] = NOBODY) -> list[WorkerView]:
@@ -66,6 +68,12 @@ class Situation:
         if self._layout is None:
             return ()
         return tuple(block_keys(root_key(self._layout.fingerprint, cache_salt), prompt, self._layout.block_size))
+
+    def cached_blocks(self, pool: Pool, keys: Sequence[BlockKey]) -> Column:
+        """Of a prompt's blocks, how many each worker of the pool has in memory, without a gap, as far as the index knows."""
+        if self.index is None or not keys:
+            return np.zeros(len(pool))
+        return pool.of_slots(self.index.match(keys).depths, self.index)
 
     def moved(self, *claims: Claim) -> None:
         """The claims that a journey gave back or took."""

@@ -22,8 +22,9 @@ def test_it_behaves_like_a_dict(seed, crowd):
     rng, table, truth = random.Random(seed), KeyTable(100_000), {}
     pool = [2 + crowd * n for n in range(600 if crowd == 1 else 80)]
     for _ in range(30):
-        keys = rng.sample(pool, rng.randrange(1, len(pool) // 3))
-        values = [rng.randrange(0, 5) for _ in keys]
+        chosen = {key: rng.randrange(0, 5) for key in rng.sample(pool, rng.randrange(1, len(pool) // 3))}
+        keys = [*chosen, *rng.sample(list(chosen), len(chosen) // 4)]  # some of them twice
+        values = [chosen[key] for key in keys]
         table.put(np.array(keys, dtype=np.uint64), np.array(values, dtype=np.uint32))
         truth.update(zip(keys, values, strict=True))
         truth = {key: value for key, value in truth.items() if value != NOTHING}

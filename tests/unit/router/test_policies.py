@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from core.blocks import KvLayout, block_keys, root_key
 from core.cost_model import StepCost
+from core.kv_changes import KvChanges
 from core.report import WorkerState
 from core.request import WorkerRole
+from router.block_index import BlockIndex
 from router.policies import POLICIES, make_policy
 from router.policy import Need, Nobody, Pair
-from router.prefix_index import PrefixIndex
 from router.situation import Situation
 from router.view import NO_CLAIM, Claim, Claims, ClusterView, WorkerView
 
@@ -31,9 +32,9 @@ def worker(name: str, role: WorkerRole, **fields: object) -> WorkerView:
 
 
 def situation(*workers: WorkerView, cached: dict[str, int] | None = None, claims: Claims | None = None) -> Situation:
-    index = PrefixIndex(10_000)
+    index = BlockIndex(10_000)
     for name, blocks in (cached or {}).items():
-        index.added(name, KEYS[:blocks])
+        index.heard(name, KvChanges(0, 1, b"".join(KEYS[:blocks])))
     view = ClusterView(1, MappingProxyType({w.worker_id: w for w in workers}))
     return Situation(view, frozenset(view.workers), claims or Claims(), index, stale_after_s=3.0)
 
