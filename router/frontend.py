@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncGenerator
 
@@ -121,12 +122,17 @@ class Frontend:
             run = await self._admit(request, request_id)
             run.begin()
         except TandemError as error:
-            self._stats.failed(error)
+            self._count_refusal(request, error)
             raise
         self._runs[request_id] = run
         if request_id in self._cancelled_early:
             run.cancel()
         return run
+
+    def _count_refusal(self, request: FrontRequest, error: TandemError) -> None:
+        self._stats.failed(error)
+        with contextlib.suppress(InvalidRequestError):  # of a class there is not, nobody keeps count
+            self._stats.attainment.failed(self._terms_of(request).slo_class, error)
 
     async def _admit(self, request: FrontRequest, request_id: str) -> Run:
         arrived_at = self._clock.now()

@@ -11,11 +11,12 @@ from core.clock import Clock
 from core.errors import CancelledError, TandemError
 from core.request import FinishReason, TokenEvent
 from router import events as ev
+from router.attainment import Felt, Gaps
 from router.attempt import JourneySpec
 from router.choice import ChoiceText
 from router.dispatch import Dispatcher
 from router.facts import Facts
-from router.frontend_types import ChoiceFinished, Finished, Part, Started, Token, TokenBatch, Usage
+from router.frontend_types import ChoiceFinished, Finished, Part, Placement, Started, Timing, Token, TokenBatch, Usage
 from router.journey import Journey
 from router.metrics import RouterStats
 from router.policy import Pair
@@ -58,6 +59,7 @@ class Run:
         self._text_of = text_of
         self._choices: list[_Choice] = []
         self._unfinished = spec.journey.sampling.n
+        self._cancelled = False
         self._started = False
         self._parts: list[Part] = []
         self._tokens: list[Token] = []
@@ -128,6 +130,7 @@ class Run:
     def finished(self, choice: int, reason: FinishReason, tail: str) -> None:
         self._put(ChoiceFinished(choice, reason, self._fold(choice, tail)))
         self._unfinished -= 1
+        self._cancelled |= reason is FinishReason.CANCELLED
         if choice == 0 and len(self._choices) < self.spec.journey.sampling.n and reason is FinishReason.CANCELLED:
             for late in range(len(self._choices), self.spec.journey.sampling.n):  # cancelled before they began
                 self._put(ChoiceFinished(late, reason, ""))
@@ -140,6 +143,7 @@ class Run:
             self.over = True
             self.error = error
             self._stats.failed(error)
+            self._stats.attainment.failed(self.spec.journey.slo_class, error)
             self.cancel()
             self._wake()
 
@@ -166,8 +170,18 @@ class Run:
         timing = first.timing(self._clock.now())
         self._put(Finished(usage, timing, first.placement, sum(f.failovers for f in facts)))
         self._stats.completed(timing, usage)
+        self._count(timing, first.placement)
         self.over = True
         self._wake()
+
+    def _count(self, timing: Timing, placement: Placement) -> None:
+        journey, attainment = self.spec.journey, self._stats.attainment
+        if self._cancelled:
+            attainment.cancelled(journey.slo_class)
+        else:
+            felt = Felt.of(timing.ttft_s or None, [choice.gaps for choice in self._choices])
+            attainment.completed(journey.slo_class, journey.slo, felt)
+            attainment.spent(timing, split=placement.prefill != placement.decode)
 
     def _put(self, part: Part) -> None:
         if not self._started:
@@ -217,6 +231,7 @@ class _Choice:
     def __init__(self, run: Run, number: int, text: ChoiceText, stats: RouterStats, clock: Clock) -> None:
         self.text = text
         self.journey: Journey | None = None
+        self.gaps = Gaps()
         self._run = run
         self._number = number
         self._stats = stats
@@ -256,6 +271,9 @@ class _Choice:
         self._stats.tokens += count
         if self._last_at is not None:
             self._stats.gaps(now - self._last_at, count)
-        elif self._number == 0 and self.journey is not None:
-            self._run.first_token(self.journey.facts)
+            self.gaps.add(now - self._last_at, count)
+        else:
+            self.gaps.joined(count - 1)
+            if self._number == 0 and self.journey is not None:
+                self._run.first_token(self.journey.facts)
         self._last_at = now
