@@ -88,8 +88,8 @@ class Attainment:
     def completed(self, slo_class: str, slo: Slo, felt: Felt) -> None:
         name, missed = slo_class or CLASS_UNNAMED, felt.missed(slo)
         self.outcomes[name, f"{missed[0]}_missed" if missed else "met"] += 1
-        for limit in missed:
-            self.violations[name, limit] += 1
+        for limit in LIMITS:  # a rate can only be taken of a counter that began at 0
+            self.violations[name, limit] += limit in missed
 
     def cancelled(self, slo_class: str) -> None:
         """By its user: nobody's miss."""

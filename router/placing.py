@@ -10,7 +10,6 @@ from core.blocks import BlockKey
 from core.errors import TandemError
 from core.request import FinishReason
 from router.attainment import CLASS_UNNAMED
-from router.attainment import CLASS_UNNAMED
 from router.attempt import JourneySpec
 from router.block_index import BlockIndex
 from router.decisions import Decisions, Explanation, Outcome

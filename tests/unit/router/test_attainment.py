@@ -79,7 +79,7 @@ def test_each_request_is_counted_once_and_each_missed_limit_too():
         ("batch", "rejected"): 1,
         ("batch", "failed"): 1,
     }
-    assert counts.violations == {("interactive", "tbt"): 1, ("interactive", "tpot"): 1}
+    assert +counts.violations == {("interactive", "tbt"): 1, ("interactive", "tpot"): 1}
 
 
 def test_parts_of_a_hand_off_are_counted_of_hand_offs_alone():
