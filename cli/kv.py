@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tandem.errors import InvalidRequestError, NotFoundError, UnavailableError
+from cli.kv_pins import pin, unpin
+from cli.kv_prompt import prompt_keys, prompt_text
+from cli.kv_table import Admin, Grpc, Json, Node, span, table
+from tandem.errors import InvalidRequestError, NotFoundError
 
 if TYPE_CHECKING:
     from cli.kv_nodes import KvNodeAddress
-    from cluster.report import ClusterSnapshot
 
-PIPED_WIDTH = 140
 POLL_S = 0.1
 TIERS = ("dram", "disk")  # by their number
 
 kv = typer.Typer(no_args_is_help=True, help="Look into the KV plane: who holds which blocks, and whether they are whole.")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Grpc = Annotated[str | None, typer.Option(help="The cluster's gRPC address; default: the one running here.")]
-Admin = Annotated[str | None, typer.Option(help="The cluster's admin address.")]
-Node = Annotated[str | None, typer.Option(help="Only this node, by its id in `tandem status`.")]
+kv.command()(pin)
+kv.command()(unpin)
 
 
 @kv.command()
@@ -47,7 +43,7 @@ def stat(as_json: Json = False, node: Node = None, grpc: Grpc = None, admin: Adm
             f"{tier['bytes'] / 2**20:.1f}",
             _percent(tier["hits"], tier["hits"] + tier["misses"]),
             str(tier["evictions"]),
-            str(tier["pinned"]),
+            f"{tier['pinned']}/{tier['pinned_max']}" if tier["pinned_max"] else "",
             str(row["leases_open"]) if place == 0 else "",
             str(row["digest_failures"]) if place == 0 else "",
             row["policy"] if place == 0 else "",
@@ -55,7 +51,7 @@ def stat(as_json: Json = False, node: Node = None, grpc: Grpc = None, admin: Adm
         for row in rows
         for place, tier in enumerate(row["tiers"] or [_NO_TIER])
     ]
-    _table("node", "tier", "#blocks", "#MiB", "#hit", "#evicted", "#pinned", "#leases", "#bad", "policy", rows=lines)
+    table("node", "tier", "#blocks", "#MiB", "#hit", "#evicted", "#pinned", "#leases", "#bad", "policy", rows=lines)
 
 
 @kv.command("ls")
@@ -66,7 +62,7 @@ def ls(
     grpc: Grpc = None,
     admin: Admin = None,
 ) -> None:
-    """List blocks by key."""
+    """List blocks by key: how old they are, and since when nobody uses them."""
     from cli import kv_nodes as calls
 
     found = [_entry(one, entry) for one in calls.find_nodes(grpc, admin, node) for entry in calls.entries(one, limit)]
@@ -74,10 +70,20 @@ def ls(
         typer.echo(json.dumps({"blocks": found}, indent=2))
         return
     lines = [
-        (e["key"], e["node"], e["tier"], str(e["bytes"]), str(e["hits"]), e["tenant"], "yes" if e["pinned"] else "")
+        (
+            e["key"],
+            e["node"],
+            e["tier"],
+            e["bytes"],
+            e["hits"],
+            span(e["age_s"]),
+            span(e["idle_s"]),
+            e["tenant"],
+            "yes" if e["pinned"] else "",
+        )
         for e in found
     ]
-    _table("key", "node", "tier", "#bytes", "#hits", "tenant", "pinned", rows=lines)
+    table("key", "node", "tier", "#bytes", "#hits", "#age", "#idle", "tenant", "pinned", rows=lines)
 
 
 @kv.command()
@@ -120,7 +126,7 @@ def verify(as_json: Json = False, node: Node = None, grpc: Grpc = None, admin: A
         typer.echo(json.dumps({"nodes": rows}, indent=2))
     else:
         lines = [(row["id"], row["checked"], row["dropped"]) for row in rows]
-        _table("node", "#checked", "#dropped", rows=lines)
+        table("node", "#checked", "#dropped", rows=lines)
     if any(row["dropped"] for row in rows):
         raise typer.Exit(1)
 
@@ -144,7 +150,7 @@ def evict(
     if as_json:
         typer.echo(json.dumps({"nodes": rows}, indent=2))
     else:
-        _table("node", "#evicted", rows=[(row["id"], row["evicted"]) for row in rows])
+        table("node", "#evicted", rows=[(row["id"], row["evicted"]) for row in rows])
 
 
 @kv.command()
@@ -163,9 +169,9 @@ def warm(
     from core.request import WorkerRole
     from tandem import Client, SamplingParams
 
-    text = _text(prompt_file)
+    text = prompt_text(prompt_file)
     snapshot = admin_calls.status(admin_address(grpc, admin))
-    keys = _keys_of(snapshot, text)
+    keys = prompt_keys(snapshot, text)
     with Client(grpc_address(grpc), timeout_s=timeout) as client:
         result = client.generate(text, SamplingParams(max_tokens=1, temperature=0.0))
     stores = [one for one in calls.nodes_of(snapshot) if one.role is WorkerRole.STORE]
@@ -176,27 +182,6 @@ def warm(
     else:
         where = f"{held} of its {len(keys)} full blocks are in the store" if stores else "this cluster has no store"
         typer.echo(f"{shape['prompt_tokens']} tokens computed; {where}")
-
-
-def _text(file: Path) -> str:
-    try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequestError(f"cannot read {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InvalidRequestError(f"{file} is not text in UTF-8") from None
-
-
-def _keys_of(snapshot: ClusterSnapshot, text: str) -> list[bytes]:
-    """Keys of the prompt's full blocks, as the workers compute them."""
-    from core.blocks import block_keys, root_key
-    from core.text import Tokenizer
-
-    for member in snapshot.members:
-        layout, model = member.report.layout, member.report.model
-        if layout is not None and model is not None:
-            return block_keys(root_key(layout.fingerprint), Tokenizer.load(model.path).encode(text), layout.block_size)
-    raise UnavailableError("no worker is ready; `tandem status` shows what they are doing")
 
 
 async def _wait_for(stores: list[KvNodeAddress], keys: list[bytes], wait_s: float) -> int:
@@ -212,7 +197,6 @@ async def _wait_for(stores: list[KvNodeAddress], keys: list[bytes], wait_s: floa
 
 
 def _stat(node: KvNodeAddress, reply: Any) -> dict[str, Any]:
-    names = ("blocks", "blocks_max", "bytes", "hits", "misses", "evictions", "pinned")
     return {
         "id": node.worker_id,
         "role": node.role.value,
@@ -222,11 +206,12 @@ def _stat(node: KvNodeAddress, reply: Any) -> dict[str, Any]:
         "digest_failures": reply.digest_failures,
         "block_size": reply.layout.block_size,
         "fingerprint": reply.layout.fingerprint.hex(),
-        "tiers": [{"tier": TIERS[tier.tier], **{name: getattr(tier, name) for name in names}} for tier in reply.tiers],
+        "tiers": [{"tier": TIERS[tier.tier], **{name: getattr(tier, name) for name in _COUNTS}} for tier in reply.tiers],
     }
 
 
-_NO_TIER = {"tier": "empty", "blocks": 0, "blocks_max": 0, "bytes": 0, "hits": 0, "misses": 0, "evictions": 0, "pinned": 0}
+_COUNTS = ("blocks", "blocks_max", "bytes", "hits", "misses", "evictions", "pinned", "pinned_max")
+_NO_TIER = {"tier": "empty", **dict.fromkeys(_COUNTS, 0)}
 
 
 def _entry(node: KvNodeAddress, entry: Any) -> dict[str, Any]:
@@ -239,22 +224,11 @@ def _entry(node: KvNodeAddress, entry: Any) -> dict[str, Any]:
         "tenant": entry.tenant.hex(),
         "pinned": entry.pinned,
         "digest": f"{entry.digest:016x}",
+        "age_s": entry.age_s,
+        "idle_s": entry.idle_s if entry.HasField("idle_s") else None,
+        "cost_s": entry.cost_s,
     }
 
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else ""
-
-
-def _table(*columns: str, rows: Sequence[tuple[Any, ...]]) -> None:
-    """`#` before a column's name sets it to the right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in columns:
-        table.add_column(name.lstrip("#"), justify="right" if name.startswith("#") else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)

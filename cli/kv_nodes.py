@@ -95,6 +95,39 @@ def evict(node: KvNodeAddress, keys: Sequence[BlockKey] | None) -> int:
     return int(_ask(node, lambda stub: stub.Evict(request, timeout=SLOW_TIMEOUT_S)).evicted)
 
 
+def pin(node: KvNodeAddress, keys: Sequence[BlockKey]) -> tuple[int, int, int]:
+    """How many of `keys` are pinned now, how many blocks are there in all, and how many may be.
+
+    Raises InvalidRequestError when those would be more than may be: nothing more is pinned then.
+    """
+    done: list[BlockKey] = []
+    reply = pb.PinReply()
+    count = 0
+    with _stub(node) as stub:
+        for start in range(0, len(keys), HOLD_KEYS_MAX):
+            part = keys[start : start + HOLD_KEYS_MAX]
+            try:
+                reply = stub.Pin(pb.PinRequest(keys=part), timeout=TIMEOUT_S)
+            except grpc.RpcError:
+                for begin in range(0, len(done), HOLD_KEYS_MAX):
+                    stub.Pin(pb.PinRequest(keys=done[begin : begin + HOLD_KEYS_MAX], unpin=True), timeout=TIMEOUT_S)
+                raise
+            done += part
+            count += reply.pinned
+    return count, reply.pinned_blocks, reply.pinned_max
+
+
+def unpin(node: KvNodeAddress, keys: Sequence[BlockKey] | None) -> tuple[int, int, int]:
+    """As `pin`, for blocks that were pinned until now; all of them for None."""
+    requests = [pb.PinRequest(unpin=True, all=True)]
+    if keys is not None:
+        starts = range(0, len(keys), HOLD_KEYS_MAX)
+        requests = [pb.PinRequest(unpin=True, keys=keys[start : start + HOLD_KEYS_MAX]) for start in starts]
+    with _stub(node) as stub:
+        replies = [stub.Pin(request, timeout=TIMEOUT_S) for request in requests]
+    return sum(reply.pinned for reply in replies), replies[-1].pinned_blocks, replies[-1].pinned_max
+
+
 def holds(node: KvNodeAddress, keys: Sequence[BlockKey]) -> int:
     """How many of `keys` are at a node, its disk included (which brings them up)."""
     count = 0

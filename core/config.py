@@ -94,7 +94,7 @@ class StoreConfig(_Branch):
     policy: Literal["lru", "lfu", "cost"] = "lru"
     """What is evicted first."""
     tenant_share: float = Field(1.0, gt=0, le=1)
-    """Part of a store node's memory that one tenant's blocks may fill once others want it; `engine.tenant_share` for workers."""
+    """Part of a store node's memory that one tenant's blocks may fill once others want it; workers: `engine.tenant_share`."""
     pinned_share: float = Field(0.5, ge=0, le=1)
     """Part of a node's blocks that operators may pin (`tandem kv pin`); workers keep room for the longest request besides."""
     offer: bool = True

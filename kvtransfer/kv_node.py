@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from core.blocks import BlockKey, BlockRecord, KvLayout, KvSource
-from core.errors import LayoutMismatchError, StaleEpochError
+from core.errors import LayoutMismatchError, PinLimitError, StaleEpochError
 from core.inventory import Inventory
 from core.request import AttemptKey, WorkerRole
 from kvtransfer.codec import digests_of
@@ -42,6 +42,7 @@ class TierStat(NamedTuple):
     misses: int
     evictions: int
     pinned: int
+    pinned_max: int = 0
 
 
 class NodeEntry(NamedTuple):
@@ -54,11 +55,23 @@ class NodeEntry(NamedTuple):
     tenant: bytes = b""
     pinned: bool = False
     digest: int = 0
+    cost_s: float = 0.0
+    age_s: float = 0.0
+    idle_s: float | None = None
+    """None where nobody knows."""
 
 
 class Verified(NamedTuple):
     checked: int
     dropped: int
+
+
+class Pinned(NamedTuple):
+    """The answer to a pin: of the keys that were named, and here in all."""
+
+    pinned: int
+    pinned_blocks: int
+    pinned_max: int
 
 
 class NodeStat(NamedTuple):
@@ -135,6 +148,7 @@ class KvNode:
             self.counts.misses,
             evictions.for_space + evictions.asked,
             pinned,
+            self.inventory.pinned_max,
         )
         leases = self.inventory.leases_open()
         return NodeStat(
@@ -143,7 +157,10 @@ class KvNode:
 
     def entries(self) -> list[NodeEntry]:
         size = self.layout.block_bytes
-        return [NodeEntry(e.key, Tier.DRAM, size, e.hits, e.tenant, e.pinned, e.digest) for e in self.inventory.entries()]
+        return [
+            NodeEntry(e.key, Tier.DRAM, size, e.hits, e.tenant, e.pinned, e.digest, e.cost_s, e.age_s, e.idle_s)
+            for e in self.inventory.entries()
+        ]
 
     async def verify(self, keys: Sequence[BlockKey]) -> Verified:
         """Reads `keys`, or every block, against the digests noted here; blocks without one cannot be judged. What fails is
@@ -170,6 +187,7 @@ class KvNode:
         if keys:
             log.warning("%d blocks in memory are not what their digests say; they are dropped", len(keys))
         self.counts.digest_failures += len(keys)
+        self.inventory.unpin(keys)
         self._condemned.update(keys)
         self.sweep()
 
@@ -185,6 +203,20 @@ class KvNode:
     async def evict(self, keys: Sequence[BlockKey] | None) -> int:
         """Drops blocks that nobody holds and nobody pinned, all of them for None. How many went."""
         return self.inventory.evict([entry.key for entry in self.inventory.entries()] if keys is None else keys)
+
+    async def pin(self, keys: Sequence[BlockKey]) -> Pinned:
+        """Keeps what is here of `keys` until it is unpinned or this process ends. Raises PinLimitError: none of them is then."""
+        try:
+            return self._pinned(self.inventory.pin(keys))
+        except PinLimitError as error:
+            raise PinLimitError(f"{self.source().worker_id}: {error.message}") from None
+
+    def unpin(self, keys: Sequence[BlockKey] | None) -> Pinned:
+        """Lets go of `keys`, of all that is pinned for None."""
+        return self._pinned(self.inventory.unpin(self.inventory.pinned_keys() if keys is None else keys))
+
+    def _pinned(self, count: int) -> Pinned:
+        return Pinned(count, self.inventory.pinned(), self.inventory.pinned_max)
 
     def check_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:

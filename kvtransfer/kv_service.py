@@ -13,10 +13,10 @@ from core.wire import key_from_pb, layout_from_pb, layout_to_pb, record_to_pb, r
 from kvtransfer.directory import Tier
 from kvtransfer.exports import Exports
 from kvtransfer.holds import check_keys
-from kvtransfer.kv_node import Held, NodeEntry, NodeStat, TierStat, Verified
+from kvtransfer.kv_node import Held, NodeEntry, NodeStat, Pinned, TierStat, Verified
 from kvtransfer.rpc import abort
 from kvtransfer.service import KvServicer
-from tandem.errors import TandemError
+from tandem.errors import InvalidRequestError, TandemError
 from tandem.v1 import kv_pb2
 
 ENTRIES_PER_MESSAGE = 1024
@@ -41,6 +41,10 @@ class Node(Protocol):
     async def verify(self, keys: Sequence[BlockKey]) -> Verified: ...
 
     async def evict(self, keys: Sequence[BlockKey] | None) -> int: ...
+
+    async def pin(self, keys: Sequence[BlockKey]) -> Pinned: ...
+
+    def unpin(self, keys: Sequence[BlockKey] | None) -> Pinned: ...
 
 
 class KvNodeServicer(KvServicer):
@@ -108,6 +112,19 @@ class KvNodeServicer(KvServicer):
             await abort(context, error)
         return kv_pb2.EvictReply(evicted=evicted)
 
+    async def Pin(self, request: kv_pb2.PinRequest, context: _Context) -> kv_pb2.PinReply:
+        try:
+            check_keys(request.keys)
+            if request.all and not request.unpin:
+                raise InvalidRequestError("all that is pinned can be unpinned; name the keys to pin")
+            if request.unpin:
+                pinned = self._node.unpin(None if request.all else request.keys)
+            else:
+                pinned = await self._node.pin(request.keys)
+        except TandemError as error:
+            await abort(context, error)
+        return kv_pb2.PinReply(**pinned._asdict())
+
 
 def _entry_to_pb(entry: NodeEntry) -> kv_pb2.BlockEntry:
     return kv_pb2.BlockEntry(
@@ -118,6 +135,9 @@ def _entry_to_pb(entry: NodeEntry) -> kv_pb2.BlockEntry:
         tenant=entry.tenant,
         pinned=entry.pinned,
         digest=entry.digest,
+        cost_s=entry.cost_s,
+        age_s=entry.age_s,
+        idle_s=entry.idle_s,
     )
 
 

@@ -21,8 +21,9 @@ from core.errors import ConfigError, OutOfBlocksError, TransferError
 from core.inventory import Inventory
 from kvtransfer.arena import Arena
 from kvtransfer.codec import NO_DIGEST, digest_of
+from kvtransfer.directory import Tier
 from kvtransfer.disk import DiskOptions, DiskTier
-from kvtransfer.disk_index import Record
+from kvtransfer.kv_node import NodeEntry
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +93,23 @@ class StoreDisk:
     def resident(self) -> list[BlockKey]:
         return self.tier.keys() if self.tier is not None else []
 
-    def records(self) -> list[tuple[BlockKey, Record]]:
-        return self.tier.records() if self.tier is not None else []
+    def entries(self) -> list[NodeEntry]:
+        """What is on disk, for tools. Ages are told by the wall clock: blocks outlive the process that wrote them."""
+        if self.tier is None:
+            return []
+        size, now_s = self._arena.block_bytes, self.tier.now_s()
+        return [
+            NodeEntry(
+                key,
+                Tier.DISK,
+                size,
+                tenant=record.tenant,
+                digest=record.digest,
+                cost_s=record.cost_s,
+                age_s=max(0.0, now_s - record.written_s),
+            )
+            for key, record in self.tier.records()
+        ]
 
     async def promote(self, keys: Sequence[BlockKey], deadline_s: float) -> list[int]:
         """Brings up what is on disk, as far as memory and `deadline_s` reach: blocks, a reference for the caller on each."""

@@ -19,7 +19,7 @@ from core.request import AttemptKey, WorkerRole
 from kvtransfer.copier import settled
 from kvtransfer.directory import NodeRecord, Tier
 from kvtransfer.holds import check_keys, granted_s
-from kvtransfer.kv_node import Held, NodeEntry, NodeStat, TierStat, Verified
+from kvtransfer.kv_node import Held, NodeEntry, NodeStat, Pinned, TierStat, Verified
 from kvtransfer.store_layout import recall, remember
 from kvtransfer.store_offers import Offer, Offered, Offers, check_offer
 from kvtransfer.store_plane import StorePlane, disk_directory, open_plane
@@ -27,6 +27,7 @@ from kvtransfer.store_plane import StorePlane, disk_directory, open_plane
 log = logging.getLogger(__name__)
 
 MEMORY_RETRY_S = 10.0  # memory that could not be had is asked for again after so long
+PIN_PROMOTE_S = 5.0  # for bringing up what is to be pinned
 PROMOTE_SHARE = 0.5  # of `store.fetch_timeout_s`: the rest is for asking and pulling
 
 
@@ -146,8 +147,7 @@ class StoreNode:
         plane = self.plane
         if plane is None:
             return []
-        size = plane.layout.block_bytes
-        return plane.node.entries() + [NodeEntry(key, Tier.DISK, size) for key in plane.disk.resident()]
+        return plane.node.entries() + plane.disk.entries()
 
     async def verify(self, keys: Sequence[BlockKey]) -> Verified:
         """Digests of all blocks in memory and on disk, or of `keys` in memory; what fails is dropped."""
@@ -177,6 +177,24 @@ class StoreNode:
                     gone += await tier.evict(key)
         self.changed.set()
         return gone
+
+    async def pin(self, keys: Sequence[BlockKey]) -> Pinned:
+        """As `KvNode.pin`; what is on disk alone is brought up first, so that it is kept in memory."""
+        plane = self.plane
+        if plane is None:
+            return Pinned(0, 0, 0)
+        found = plane.inventory.look(keys)
+        kept = [block for block in found if block is not None]
+        try:
+            missing = [key for key, block in zip(keys, found, strict=True) if block is None]
+            kept += await plane.disk.promote(missing, PIN_PROMOTE_S)
+            return await plane.node.pin(keys)
+        finally:
+            plane.inventory.release(kept)
+            self.changed.set()
+
+    def unpin(self, keys: Sequence[BlockKey] | None) -> Pinned:
+        return self.plane.node.unpin(keys) if self.plane is not None else Pinned(0, 0, 0)
 
     # -- below: the plane that comes with the layout ---------------------------------------------------------------
 

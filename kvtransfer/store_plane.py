@@ -93,6 +93,7 @@ async def open_plane(
             cast(MutableSequence[int], arena.generation_words()),
             policy=config.store.policy,
             tenant_share=config.store.tenant_share,
+            pinned_max=int(num_blocks * config.store.pinned_share),
             clock=clock.now,
         )
         disk = await StoreDisk.open(config.store, disk_directory(spec), layout, arena, inventory)

@@ -56,6 +56,7 @@ class WorkerMetrics:
         states = [((state,), getattr(counts, state)) for state in ("free", "cached", "active")]
         yield gauges("tandem_kv_blocks", "KV blocks by state.", ("state",), states)
         yield gauge("tandem_kv_leases", "Leases on KV blocks that are open.", self._inventory.leases_open())
+        yield gauge("tandem_kv_pinned_blocks", "Blocks that are not evicted.", self._inventory.pinned())
         gone = self._inventory.evictions
         evicted = [(("dram",), gone.for_space + gone.asked)]
         yield counters("tandem_kv_evictions_total", "Blocks evicted, by tier.", ("tier",), evicted)

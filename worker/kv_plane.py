@@ -65,7 +65,7 @@ class KvPlane:
         self.offerer: Offerer | None = None
         self._base = base
         self._tcp = open_tcp(config.transfer, self.exports, spec.listen)
-        self._node = KvNode(self.exports, node.inventory, node.layout, self.source, spec.role)
+        self._node = KvNode(self.exports, node.inventory, node.layout, self.source, spec.role, config.engine.eviction)
         self._peers = 0
         self._block_s: float | None = None
         self._tasks: list[asyncio.Task[None]] = []

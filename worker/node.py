@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from core.blocks import BlockKey, KvLayout, root_key
+from core.blocks import BlockKey, KvLayout, blocks_for, root_key
 from core.clock import SystemClock
 from core.errors import ConfigError
 from core.hostspec import HostSpec
@@ -71,7 +71,14 @@ def build_node(spec: HostSpec, progress: Progress) -> Node:
     progress(0.9, f"taking memory for {num_blocks} KV blocks")
     arena = open_arena(config.transfer, spec.worker_id, spec.epoch, num_blocks, layout.block_bytes)
     try:
-        inventory = Inventory(num_blocks, cast(MutableSequence[int], arena.generation_words()), clock=SystemClock().now)
+        inventory = Inventory(
+            num_blocks,
+            cast(MutableSequence[int], arena.generation_words()),
+            policy=config.engine.eviction,
+            tenant_share=config.engine.tenant_share,
+            pinned_max=pinnable(num_blocks, config.store.pinned_share, blocks_for(model.max_model_len, layout.block_size)),
+            clock=SystemClock().now,
+        )
         executor = TorchExecutor(model, model.kv_tensor(torch.from_numpy(arena.bytes_view())))
     except BaseException:
         arena.close()
@@ -79,3 +86,8 @@ def build_node(spec: HostSpec, progress: Progress) -> Node:
     name = config.model.name or Path(config.model.path).name
     facts = ModelFacts(name, model.max_model_len, model.spec.vocab_size, config.model.path)
     return Node(model, layout, arena, inventory, executor, facts)
+
+
+def pinnable(num_blocks: int, share: float, longest_blocks: int) -> int:
+    """Blocks of a worker that may be pinned: never those that its longest request needs, which would wait for ever."""
+    return max(0, min(int(num_blocks * share), num_blocks - longest_blocks - 1))

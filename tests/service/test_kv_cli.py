@@ -74,6 +74,49 @@ def test_a_block_can_be_listed_and_fetched(cluster: Cluster, warmed: dict[str, A
     assert "no node nobody" in kv(cluster, "stat", "--node", "nobody", status=1)
 
 
+def test_a_prompt_is_pinned_until_it_is_unpinned(cluster: Cluster, warmed: dict[str, Any], tmp_path: Path) -> None:
+    prompt, other, short = tmp_path / "prompt", tmp_path / "other", tmp_path / "short"
+    prompt.write_text(PROMPT)
+    other.write_text("Nobody ever asked for any of this. " * 20)
+    short.write_text("hi")
+    blocks = warmed["blocks"]
+    done = kv(cluster, "pin", str(prompt), "--json")
+    assert (done["blocks"], [row["id"] for row in done["nodes"]]) == (blocks, ["store-0"])
+    [row] = done["nodes"]
+    assert row["pinned"] == row["pinned_blocks"] == blocks <= row["pinned_max"]
+    kv(cluster, "evict", "--all", "--json", "--node", "store-0")
+    listed = kv(cluster, "ls", "--json", "--limit", "0", "--node", "store-0")["blocks"]
+    pinned = {entry["key"]: entry for entry in listed if entry["pinned"]}
+    assert len(pinned) == blocks
+    assert all(entry["age_s"] >= entry["idle_s"] > 0 for entry in pinned.values())
+    table = kv(cluster, "ls", "--node", "store-0")
+    assert "age" in table
+    assert "idle" in table
+    assert f"{blocks}/{row['pinned_max']}" in kv(cluster, "stat", "--node", "store-0")
+    key = next(iter(pinned))
+    assert kv(cluster, "unpin", "--key", key, "--json")["nodes"][0]["pinned"] == 1
+    assert f"1 of 1 {blocks}/" in " ".join(kv(cluster, "pin", "--key", key).split())
+    assert kv(cluster, "unpin", str(prompt), "--json")["nodes"][0] == {**row, "pinned_blocks": 0}
+    assert kv(cluster, "unpin", "--all", "--json")["nodes"][0]["pinned"] == 0
+    assert "tandem kv warm" in kv(cluster, "pin", str(other), status=1)
+    assert "fills no block" in kv(cluster, "pin", str(short), status=2)
+    assert "--key" in kv(cluster, "pin", status=2)
+    assert "not both" in kv(cluster, "unpin", "--all", "--key", key, status=2)
+    assert "no node nobody" in kv(cluster, "pin", str(prompt), "--node", "nobody", status=1)
+
+
+def test_a_worker_keeps_room_for_its_longest_request(cluster: Cluster, warmed: dict[str, Any], tmp_path: Path) -> None:
+    (prompt := tmp_path / "prompt").write_text(PROMPT)
+    [stat] = kv(cluster, "stat", "--json", "--node", "prefill-0")["nodes"]
+    [dram] = stat["tiers"]
+    assert dram["pinned_max"] < dram["blocks_max"]
+    if dram["pinned_max"] >= warmed["blocks"]:
+        assert kv(cluster, "pin", str(prompt), "--node", "prefill-0", "--json")["nodes"][0]["id"] == "prefill-0"
+        kv(cluster, "unpin", "--all")
+    else:
+        assert f"{dram['pinned_max']} may be" in kv(cluster, "pin", str(prompt), "--node", "prefill-0", status=2)
+
+
 def test_verify_reads_everything_and_evict_drops_it(cluster: Cluster, warmed: dict[str, Any]) -> None:
     rows = {row["id"]: row for row in kv(cluster, "verify", "--json")["nodes"]}
     assert set(rows) == {"store-0", "prefill-0", "decode-0"}
