@@ -15,6 +15,7 @@ from core.errors import InvalidRequestError, TransferError
 from core.request import AttemptKey
 from core.wire import key_to_pb, layout_to_pb, record_from_pb, source_from_pb
 from kvtransfer.channels import Channels
+from kvtransfer.complaint import complain
 from kvtransfer.rpc import transfer_error
 from tandem.cancelling import heed_cancellation
 from tandem.v1 import kv_pb2
@@ -22,7 +23,6 @@ from tandem.v1 import kv_pb2
 log = logging.getLogger(__name__)
 
 DROP_TIMEOUT_S = 1.0
-VERIFY_TIMEOUT_S = 1.0  # it reads no more than one slice
 
 
 class Hold(NamedTuple):
@@ -61,9 +61,8 @@ class HoldClient:
             self._begin(self._drop(source, holder), f"kv-drop {holder.request_id}")
 
     def complain(self, source: KvSource, keys: Sequence[BlockKey]) -> None:
-        """Blocks of these came with a wrong digest: the node shall look at them itself, and drop what is bad, so that it is not
-        fetched in vain for ever. Nobody waits for that."""
-        self._begin(self._verify(source, keys), f"kv-complain {source.worker_id}")
+        """Blocks of these came with a wrong digest. Nobody waits for what the node does about it."""
+        self._begin(complain(self._channels, source, keys), f"kv-complain {source.worker_id}")
 
     async def close(self) -> None:
         """Waits for the farewells still on their way."""
@@ -101,13 +100,6 @@ class HoldClient:
         task = asyncio.create_task(work, name=name)
         self._dropping.add(task)
         task.add_done_callback(self._dropping.discard)
-
-    async def _verify(self, source: KvSource, keys: Sequence[BlockKey]) -> None:
-        try:
-            await self._channels.stub(source).Verify(kv_pb2.VerifyRequest(keys=keys), timeout=VERIFY_TIMEOUT_S)
-        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-            heed_cancellation()
-            log.info("%s did not look at its blocks (%s)", source.worker_id, type(error).__name__)
 
     async def _drop(self, source: KvSource, holder: AttemptKey) -> None:
         request = kv_pb2.DropRequest(holder=key_to_pb(holder), epoch=source.epoch)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 
 from core.blocks import BlockKey, BlockRecord, Closing, KvLayout, KvTicket
 from core.clock import Clock
 from core.config import TransferConfig
-from core.errors import LayoutMismatchError, TransferError
+from core.errors import DigestMismatchError, LayoutMismatchError, TransferError
 from core.inventory import Inventory
 from kvtransfer.channels import Channels
 from kvtransfer.codec import LOSSY, agreed, check_codec
+from kvtransfer.complaint import complain
 from kvtransfer.fetch import Fetcher
 from kvtransfer.following import Following, SourceGoneError
 from kvtransfer.handoff import Ingest
@@ -41,6 +42,8 @@ class IngestPlan:
     """The full blocks' keys in the chain of that codec: what comes through it is committed under these."""
     salted: set[int] = field(default_factory=set)
     """Places whose KV is not exact, those found so beforehand and those that came so; kept up to date like `blocks`."""
+    tenant: bytes = b""
+    """Whom what comes is charged to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,10 @@ class Puller:
             self.channels.forget(ticket.source)
             self.stats.failures[error.code] += 1
             raise
+        except DigestMismatchError as error:
+            self.stats.failures[error.code] += 1
+            self._begin(complain(self.channels, ticket.source, plan.keys), f"kv-complain {ticket.source.worker_id}")
+            raise
         except TransferError as error:
             self.stats.failures[error.code] += 1
             raise
@@ -142,12 +149,12 @@ class Puller:
         except BaseExceptionGroup as group_error:
             raise _first(group_error) from None
         finally:
-            self._finish(following, ticket)
+            self._begin(following.finish(), f"kv-done {ticket.key}")
         return result
 
-    def _finish(self, following: Following, ticket: KvTicket) -> None:
-        """Nobody waits for the farewell: the request goes on at once."""
-        task = asyncio.create_task(following.finish(), name=f"kv-done {ticket.key}")
+    def _begin(self, farewell: Coroutine[object, object, None], name: str) -> None:
+        """Nobody waits for it: the request goes on at once."""
+        task = asyncio.create_task(farewell, name=name)
         self._finishing.add(task)
         task.add_done_callback(self._finishing.discard)
 
@@ -209,9 +216,11 @@ class _Handoff:
             if result.codec in LOSSY:  # another block than the announced one: never under its key, never with its digest
                 plan.salted.add(record.index)
                 if record.key:
-                    plan.blocks[record.index] = inventory.commit(block, plan.salted_keys[record.index])
+                    plan.blocks[record.index] = inventory.commit(
+                        block, plan.salted_keys[record.index], tenant=plan.tenant, shared=False
+                    )
             elif record.key:
-                plan.blocks[record.index] = inventory.commit(block, record.key, record.digest)
+                plan.blocks[record.index] = inventory.commit(block, record.key, record.digest, tenant=plan.tenant)
             self._ingest.landed(record.index)
         self._landed_at = self._puller.clock.now()
         self._transport = result.transport
