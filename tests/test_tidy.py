@@ -66,6 +66,15 @@ def test_only_the_configuration_reads_the_environment():
     assert set(readers) <= {"core/config.py"}
 
 
+def test_only_what_people_read_asks_the_wall_clock():
+    """It jumps. Leases, ages and times to live are lengths, counted on each side's own monotonic clock."""
+    wall = re.compile(r"(^|\.)time\.time(_ns)?$|\bdatetime\.(now|utcnow|today)$|\.st_[amc]time(_ns)?$|CLOCK_REALTIME")
+    product = [p for p in PRODUCT if p.relative_to(ROOT).parts[0] != "benchmarks"]
+    readers = {name(p) for p in product if any(wall.search(call) for call in calls(p))}
+    shown = {"router/http.py", "core/chat_template.py", "kvtransfer/disk.py"}
+    assert readers <= shown, "`created` of an answer, dates in chat templates and ages of blocks on disk alone"
+
+
 def test_ray_has_one_door():
     importers = [name(p) for p in PRODUCT if re.search(r"^\s*(import|from) ray\b", p.read_text(), re.M)]
     assert set(importers) <= {"cluster/ray_launcher.py"}
