@@ -18,6 +18,7 @@ from core.telemetry import MetricsServer
 from kvtransfer.arena import host_id
 from kvtransfer.directory import Directory, open_directory
 from kvtransfer.store_announcer import StoreAnnouncer
+from kvtransfer.store_feed import StoreFeed
 from kvtransfer.store_metrics import StoreMetrics
 from kvtransfer.store_node import StoreNode
 from kvtransfer.store_plane import check_room
@@ -65,6 +66,7 @@ class _Store:
         self._metrics: MetricsServer | None = None
         self._draining = asyncio.Event()
         self._node = StoreNode(spec, self._clock, self._host_id, self._grpc_address)
+        self._feed = StoreFeed(self._node, self._clock)
         self.reporter = Reporter(spec, self._report, self._on_drain)
 
     async def serve(self, stop: asyncio.Event, on_ready: Callable[[StoreInfo], None] | None) -> None:
@@ -95,7 +97,7 @@ class _Store:
     async def _listening(self, announcer: StoreAnnouncer) -> AsyncIterator[tuple[GrpcServer, MetricsServer]]:
         spec = self._spec
         metrics_address = f"{spec.listen.rpartition(':')[0]}:0"
-        servicer = StoreServicer(self._node)
+        servicer = StoreServicer(self._node, self._feed)
         async with (
             MetricsServer(metrics_address, (StoreMetrics(self._node, announcer),)) as metrics,
             serve(
@@ -122,6 +124,7 @@ class _Store:
         while True:
             await asyncio.sleep(TICK_S)
             self._node.tick()
+            self._feed.poke()
 
     async def _drain(self) -> None:
         """A drain ordered by the controller: it stops us once our reports say that nobody reads here."""

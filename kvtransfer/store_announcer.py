@@ -10,18 +10,17 @@ import asyncio
 import contextlib
 import logging
 
-from core.blocks import BlockKey
 from core.clock import Clock
 from core.errors import StaleEpochError, TandemError
 from kvtransfer.announcer import GATHER_S
 from kvtransfer.directory import Directory, DuplicateNodeError, Tier
+from kvtransfer.disk_changes import DiskChanges
 from kvtransfer.store_node import StoreNode
 from kvtransfer.store_plane import StorePlane
 
 log = logging.getLogger(__name__)
 
 KEYS_MAX = 16_384  # announced between two turns
-DISK_EVERY_S = 2.0  # the disk's keys are compared at most so often
 
 
 class StoreAnnouncer:
@@ -37,8 +36,7 @@ class StoreAnnouncer:
         self._clock = clock
         self._plane: StorePlane | None = None  # whose blocks were announced
         self._everything = True
-        self._on_disk: frozenset[BlockKey] = frozenset()  # as announced
-        self._disk_seen = (0, -DISK_EVERY_S)  # the disk's count of changes, and when we looked
+        self._disk: DiskChanges | None = None
         self._joined_at: float | None = None
 
     async def run(self) -> None:
@@ -98,8 +96,9 @@ class StoreAnnouncer:
             return False
         changes = plane.inventory.changes(KEYS_MAX, everything=self._everything)
         if self._everything:
-            self._on_disk, self._disk_seen = frozenset(), (-1, -DISK_EVERY_S)
-        came, went = await self._disk_changes(plane)
+            self._disk = DiskChanges(plane.disk)
+        assert self._disk is not None, "everything is told first"
+        came, went = await self._disk.look(self._clock.now())
         added = [(key, Tier.DRAM) for key in changes.added] + [(key, Tier.DISK) for key in came]
         removed = [(key, Tier.DRAM) for key in changes.removed] + [(key, Tier.DISK) for key in went]
         if added or removed:
@@ -110,20 +109,5 @@ class StoreAnnouncer:
                 return True
             self.announced += len(added) + len(removed)
         self._everything = False
-        if came or went:
-            self._on_disk = (self._on_disk - frozenset(went)) | frozenset(came)
+        self._disk.told(came, went)
         return len(changes.added) + len(changes.removed) >= KEYS_MAX
-
-    async def _disk_changes(self, plane: StorePlane) -> tuple[list[BlockKey], list[BlockKey]]:
-        """What came to and went from the disk since it was last announced; nothing while it does not change."""
-        tier = plane.disk.tier
-        if tier is None:
-            return [], []
-        stats, now = tier.stats, self._clock.now()
-        count = stats.put_blocks + stats.dropped_blocks + stats.evicted_blocks + stats.corrupt_blocks + stats.read_errors
-        seen, looked_at = self._disk_seen
-        if count == seen or now - looked_at < DISK_EVERY_S:
-            return [], []
-        self._disk_seen = (count, now)
-        on_disk = frozenset(await asyncio.to_thread(tier.keys))
-        return list(on_disk - self._on_disk), list(self._on_disk - on_disk)

@@ -190,10 +190,12 @@ class OfferReply(_message.Message):
     def __init__(self, taken: _Optional[int] = ..., known: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...
 
 class ChangesRequest(_message.Message):
-    __slots__ = ("epoch",)
+    __slots__ = ("epoch", "stream")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
     epoch: int
-    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+    stream: int
+    def __init__(self, epoch: _Optional[int] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class StatRequest(_message.Message):
     __slots__ = ()

@@ -25,6 +25,7 @@ from kvtransfer.channels import Channels
 from kvtransfer.exports import Exports
 from kvtransfer.plane import build_transports, offered, open_arena
 from kvtransfer.service import KvServicer
+from kvtransfer.store_feed import StoreFeed
 from kvtransfer.store_node import StoreNode
 from kvtransfer.store_service import StoreServicer
 from tandem.v1 import kv_pb2, kv_pb2_grpc
@@ -158,6 +159,7 @@ class Client:
 class Store:
     node: StoreNode
     client: Client
+    feed: StoreFeed
 
 
 @asynccontextmanager
@@ -165,7 +167,8 @@ async def store_end(spec: HostSpec) -> AsyncIterator[Store]:
     """In this process, with its server and its ticking; checked for leaks at the end."""
     addresses: list[str] = []
     node = StoreNode(spec, SystemClock(), host_id(spec.config.transfer.shm_dir), lambda: addresses[0])
-    servicer = StoreServicer(node)
+    feed = StoreFeed(node, SystemClock())
+    servicer = StoreServicer(node, feed)
     async with (
         serve(
             "127.0.0.1:0", Registration("tandem.v1.Kv", kv_pb2_grpc.add_KvServicer_to_server, servicer), grace_s=0.0
@@ -174,9 +177,9 @@ async def store_end(spec: HostSpec) -> AsyncIterator[Store]:
     ):
         addresses.append(server.address)
         await node.start()
-        ticking = asyncio.create_task(_tick(node), name="tick")
+        ticking = asyncio.create_task(_tick(node, feed), name="tick")
         try:
-            yield Store(node, Client(kv_pb2_grpc.KvStub(channel), spec.epoch))
+            yield Store(node, Client(kv_pb2_grpc.KvStub(channel), spec.epoch), feed)
         finally:
             ticking.cancel()
             inventory = node.plane.inventory if node.plane is not None else None
@@ -187,7 +190,8 @@ async def store_end(spec: HostSpec) -> AsyncIterator[Store]:
         assert not inventory.counts().active - inventory.pinned(), "the store leaked a block"
 
 
-async def _tick(node: StoreNode) -> None:
+async def _tick(node: StoreNode, feed: StoreFeed) -> None:
     while True:
         node.tick()
+        feed.poke()
         await asyncio.sleep(0.02)
