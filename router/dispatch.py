@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
-from core.blocks import BlockKey
 from core.clock import Clock
-from core.errors import InternalError, OverloadedError, TandemError
-from core.request import FinishReason, TokenEvent
+from core.errors import InternalError, OverloadedError, SloUnattainableError
 from router import events as ev
 from router.alarms import Alarms
 from router.attempt import JourneySpec, Limits
 from router.codec import Addressed
+from router.early_rejection import Hold, Refusal
 from router.journey import Journey, State
 from router.links import Links
+from router.live import NEVER, Live, Sink
 from router.placing import Placer
 from router.policy import Need, Nobody, Pair
-from router.queue import Pace, WaitQueue
-from router.situation import Situation
+from router.situation import NOBODY, Situation
+from router.slo import Terms
 from router.view import NO_CLAIM, ClusterView
+from router.waiting_room import WaitingRoom
 
 log = logging.getLogger(__name__)
 
@@ -35,53 +35,21 @@ ALARM_MAX_S = 10.0
 """An alarm outlives its journey by at most this long, so the heap stays small."""
 
 
-class Sink(Protocol):
-    """Where a journey's outcome goes. Called on the asyncio thread, never waits; may call back into the dispatcher."""
-
-    def accepted(self) -> None:
-        """A worker took an attempt; called once per attempt."""
-        ...
-
-    def deliver(self, tokens: tuple[TokenEvent, ...]) -> None: ...
-
-    def finish(self, reason: FinishReason | None, error: TandemError | None) -> None:
-        """The last call (or, after a finish that raised, once more with an error). Exactly one of the two is set."""
-        ...
-
-
-class _Live:
-    __slots__ = (
-        "accepted", "asked_at", "claim", "driving", "failovers", "inbox", "journey", "keys", "prefer", "sink",
-    )  # fmt: skip
-
-    def __init__(self, journey: Journey, sink: Sink, prefer: Pair | None) -> None:
-        self.journey = journey
-        self.sink = sink
-        self.prefer = prefer
-        self.keys: tuple[BlockKey, ...] | None = None  # made when it is first placed
-        self.claim = journey.claim
-        self.accepted = False  # a worker took the attempt that holds the claim
-        self.asked_at: int | None = None  # the dispatcher's count of changes when this round of asking began
-        self.failovers = 0
-        self.driving = False
-        self.inbox: deque[ev.Event] = deque()  # events that came while it was being driven
-
-
 class Dispatcher:
     """Owns the live journeys. `links` is attached after construction, because sessions report to the dispatcher."""
 
-    def __init__(self, placer: Placer, limits: Limits, max_queue: int, clock: Clock) -> None:
+    def __init__(self, placer: Placer, limits: Limits, room: WaitingRoom, clock: Clock) -> None:
         self.links: Links | None = None
         self.view = ClusterView()
         self.placer = placer
-        self.queue = WaitQueue(max_queue)
+        self.room = room
+        self.queue = room.queue
         self.attempts: Counter[str] = Counter()  # by outcome: refused, failed, lost, or how their journey ended
         self.failovers = 0
-        self._pace = Pace()
         self.on_change: Callable[[], None] = lambda: None  # sessions or the view changed
         self._limits = limits
         self._clock = clock
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._orphans: dict[str, list[ev.SendCancel]] = {}
         self._alarms = Alarms(clock, self._ring)
         self._probing: str | None = None
@@ -93,10 +61,9 @@ class Dispatcher:
     def __len__(self) -> int:
         return len(self._live)
 
-    def check_room(self) -> None:
-        """Raises OverloadedError when a new request could not even wait."""
-        if len(self.queue) and not self.queue.has_room():
-            raise self._overloaded()
+    def check_room(self, terms: Terms) -> None:
+        """Raises OverloadedError when a new request could not even wait, or its tenant has used up its quota."""
+        self.room.check(terms.tenant, terms.slo_class, self._clock.now())
 
     def start(
         self, spec: JourneySpec, sink: Sink, arrived_at: float, *, prefer: Pair | None = None, admitted: bool = False
@@ -104,18 +71,23 @@ class Dispatcher:
         """Begins a journey, whose deadlines count from `arrived_at`; its outcome reaches `sink`, possibly before this returns.
 
         `admitted`: it belongs to a request that runs already, so the queue's bound does not apply.
-        Raises OverloadedError when it would have to wait and the queue is full; nothing remains of it then.
+        Raises OverloadedError when it would have to wait and the queue is full or its turn came too late; nothing remains of
+        it then.
         """
         assert spec.request_id not in self._live, "the front keeps request ids unique"
-        live = _Live(Journey(spec, self._limits, arrived_at), sink, prefer)
+        live = Live(Journey(spec, self._limits, arrived_at), sink, prefer)
         self._live[spec.request_id] = live
-        if len(self.queue):
-            self._wait(live, urgent=False)
-        else:
-            self._drive(live, ev.Woken())
-        if spec.request_id in self.queue and not admitted and len(self.queue) > self.queue.bound:
+        self.room.entered(spec)
+        try:
+            if len(self.queue):
+                self._line_up(live)
+            else:
+                self._drive(live, ev.Woken())
+            if spec.request_id in self.queue and not admitted:
+                self.room.check_room(spec.tenant, spec.slo_class, more=0)
+        except OverloadedError:
             self._forget(live)
-            raise self._overloaded()
+            raise
         return live.journey
 
     def signal(self, request_id: str, event: ev.StopMatched | ev.ClientCancelled) -> bool:
@@ -174,7 +146,7 @@ class Dispatcher:
 
     # ---- the drive -------------------------------------------------------------------------------------------------
 
-    def _drive(self, live: _Live, event: ev.Event, now: float | None = None) -> None:
+    def _drive(self, live: Live, event: ev.Event, now: float | None = None) -> None:
         """Feeds one event and everything that follows from it. What sinks and places cause meanwhile waits its turn."""
         if live.driving:
             live.inbox.append(event)
@@ -197,7 +169,7 @@ class Dispatcher:
             self._move_claim(live, event)
         self._set_alarm(live)
 
-    def _abandon(self, live: _Live, now: float) -> None:
+    def _abandon(self, live: Live, now: float) -> None:
         """Ends one journey after a mistake, so that it harms no other: its workers are told, its user gets an error."""
         live.inbox.clear()
         for command in live.journey.handle(now, ev.ClientCancelled()):
@@ -207,7 +179,7 @@ class Dispatcher:
             self._forget(live)
         live.sink.finish(None, InternalError("the router made a mistake on this request; its log says which"))
 
-    def _move_claim(self, live: _Live, event: ev.Event) -> None:
+    def _move_claim(self, live: Live, event: ev.Event) -> None:
         """What an accepted attempt gives back is room for those who wait; what was refused never was."""
         self.placer.moved(live.claim, live.journey.claim)
         live.claim = live.journey.claim
@@ -222,9 +194,10 @@ class Dispatcher:
             self._pump_soon()
         live.accepted = live.accepted and live.claim is not NO_CLAIM
 
-    def _carry_out(self, live: _Live, command: ev.Command) -> None:
+    def _carry_out(self, live: Live, command: ev.Command) -> None:
         match command:
             case ev.Deliver(tokens):
+                self.room.generated(live.journey.spec.tenant, len(tokens), self._clock.now())
                 live.sink.deliver(tokens)
             case ev.Place(avoid):
                 self._place(live, avoid)
@@ -232,7 +205,8 @@ class Dispatcher:
                 live.accepted = True
                 live.asked_at = None
                 self.placer.accepted(live.journey.claim, live.keys or (), self._clock.now())
-                self._pace.accepted(self._clock.now())
+                self.room.taken(live.journey.spec, self._clock.now(), again=live.taken)
+                live.taken = True
                 self._leave_queue(live)
                 live.sink.accepted()
             case ev.Finish(reason, error):
@@ -245,48 +219,78 @@ class Dispatcher:
                 assert self.links is not None
                 self.links.send(command)
 
-    def _place(self, live: _Live, avoid: frozenset[str]) -> None:
-        journey = live.journey
-        situation = self.situation()
-        if live.keys is None:
-            live.keys = self.placer.keys(situation, journey.spec)
-        so_far = len(journey.log)
-        need = Need(
-            len(journey.spec.prompt) + so_far,
-            avoid,
-            live.prefer,
-            live.keys,
-            slo=journey.spec.slo,
-            output_tokens=self.placer.answer(journey.spec, so_far),
-            now=self._clock.now(),
-        )
-        choice = self.placer.decide(situation, need, journey).place
-        if isinstance(choice, Nobody):
-            self._wait(live, urgent=journey.facts.sent_at is not None)
+    def _place(self, live: Live, avoid: frozenset[str]) -> None:
+        journey, situation = live.journey, self.situation()
+        need = self._need(live, situation, avoid)
+        decision = self.placer.decide(situation, need, journey)
+        choice, verdict = decision.place, None
+        if not live.taken:
+            verdict = self.room.judge(journey.spec, journey.facts.arrived_at, decision, situation, need.now)
+        if isinstance(verdict, Hold):
+            live.look_at = verdict.look_at
+            choice = Nobody(verdict.reason, busy=True)
+        if isinstance(choice, Nobody) and not isinstance(verdict, Refusal):
+            verdict = self._wait(live, situation, need)
             live.inbox.append(ev.NoPlace(choice.reason, choice.busy))
-        else:
+        if isinstance(verdict, Refusal):
+            live.inbox.append(ev.Refused(_unattainable(verdict)))
+        elif isinstance(choice, Pair):
             if live.asked_at is None:
                 live.asked_at = self._changes
+            self.room.expect(journey.spec, decision, need)
             live.inbox.append(ev.Placed(choice.prefill, choice.decode))
 
-    def _forget(self, live: _Live) -> None:
-        del self._live[live.journey.spec.request_id]
-        self._alarms.forget(live.journey.spec.request_id)
+    def _need(self, live: Live, situation: Situation, avoid: frozenset[str] = NOBODY) -> Need:
+        if live.keys is None:
+            live.keys = self.placer.keys(situation, live.journey.spec)
+        return self.placer.need(live.journey, avoid, live.prefer, live.keys, self._clock.now())
+
+    def _forget(self, live: Live) -> None:
+        spec = live.journey.spec
+        del self._live[spec.request_id]
+        self._alarms.forget(spec.request_id)
+        self.room.left(spec)
         self._leave_queue(live)
 
     # ---- the queue -------------------------------------------------------------------------------------------------
 
-    def _wait(self, live: _Live, *, urgent: bool) -> None:
-        request_id = live.journey.spec.request_id
-        self.queue.add(request_id, urgent=urgent)
-        if self._probing == request_id:
+    def _line_up(self, live: Live) -> None:
+        """Behind others, without asking for a place. Raises SloUnattainableError when its turn would come too late."""
+        situation = self.situation()
+        refusal = self._wait(live, situation, self._need(live, situation))
+        if refusal is not None:
+            raise _unattainable(refusal)
+        if self.queue.head(self._clock.now()) == live.journey.spec.request_id:
+            self._pump_soon()  # it goes before those who were found no place
+
+    def _wait(self, live: Live, situation: Situation, need: Need) -> Refusal | None:
+        spec, facts = live.journey.spec, live.journey.facts
+        refusal = self.room.wait(spec, facts.arrived_at, situation, need, urgent=facts.sent_at is not None)
+        if self._probing == spec.request_id:
             self._probing = None  # nobody has room: the next change of the cluster wakes the head again
         if live.asked_at is not None and live.asked_at != self._changes:
             self._pump_soon()  # ... and one came while the refusal was on its way
         live.asked_at = None
+        live.look_at = min(live.look_at, self.room.give_up_at(spec.request_id))
         self._set_alarm(live)
+        return refusal
 
-    def _leave_queue(self, live: _Live) -> None:
+    def _look_again(self, live: Live, now: float) -> None:
+        """It waits: is that still of use? If so, it asks again when its turn comes."""
+        request_id = live.journey.spec.request_id
+        live.look_at = NEVER
+        if request_id not in self.queue:
+            return
+        give_up_at = self.room.give_up_at(request_id)
+        if now >= give_up_at:
+            text = "its limits cannot be kept any more: no place came free in time"
+            self._drive(live, ev.Refused(_unattainable(Refusal(text, self.room.retry_s()))))
+        else:
+            live.look_at = give_up_at
+            self._pump_soon()
+            self._set_alarm(live)
+
+    def _leave_queue(self, live: Live) -> None:
         request_id = live.journey.spec.request_id
         if request_id in self.queue:
             self.queue.remove(request_id)
@@ -304,20 +308,16 @@ class Dispatcher:
     def _pump(self) -> None:
         """Lets the head ask for a place; its successor follows when it has one. One at a time: nobody is overtaken."""
         self._pump_due = False
-        head = self.queue.head()
+        head = self.queue.head(self._clock.now())
         if head is not None and self._probing is None:
             self._probing = head
             self._drive(self._live[head], ev.Woken())
 
-    def _overloaded(self) -> OverloadedError:
-        text = f"{len(self.queue)} requests wait already (router.max_queue is {self.queue.bound}); retry later"
-        return OverloadedError(text, retry_after_s=self._pace.time_for(len(self.queue)))
-
     # ---- time ------------------------------------------------------------------------------------------------------
 
-    def _set_alarm(self, live: _Live) -> None:
+    def _set_alarm(self, live: Live) -> None:
         """An alarm that turns out early is set again when it rings: most deadlines only move away."""
-        request_id, wake_at = live.journey.spec.request_id, live.journey.wake_at
+        request_id, wake_at = live.journey.spec.request_id, live.wake_at
         if wake_at < self._alarms.due(request_id) and live.journey.state is not State.DONE:
             self._alarms.set(request_id, min(wake_at, self._clock.now() + ALARM_MAX_S))
 
@@ -325,7 +325,14 @@ class Dispatcher:
         live = self._live.get(request_id)
         if live is None:
             return
-        if live.journey.wake_at <= now:
+        if live.look_at <= now:
+            self._look_again(live, now)
+        elif live.journey.wake_at <= now:
             self._drive(live, ev.Tick())
         else:
             self._set_alarm(live)
+
+
+def _unattainable(refusal: Refusal) -> SloUnattainableError:
+    text = f"refused because {refusal.reason} (router.admission); retry later, with wider limits or in another slo_class"
+    return SloUnattainableError(text, retry_after_s=refusal.retry_after_s)

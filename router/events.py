@@ -106,12 +106,19 @@ class ClientCancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """Answer to `Place`, or to waiting: it will not be served."""
+
+    error: TandemError
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time alone: the journey's `wake_at` has come."""
 
 
 WorkerEvent = Reserved | Opened | Tokens | PrefillDone | Joined | AttemptFailed
-Event = Woken | Placed | NoPlace | WorkerEvent | WorkerLost | StopMatched | ClientCancelled | Tick
+Event = Woken | Placed | NoPlace | WorkerEvent | WorkerLost | StopMatched | ClientCancelled | Refused | Tick
 
 # ---- commands -------------------------------------------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ class Frontend:
         card = self.model()
         check_sampling(request.sampling, card)
         terms = self._terms_of(request)
-        self._dispatcher.check_room()
+        self._dispatcher.check_room(terms)
         ids = await prompt_ids(request, self.text, card)
         sampling = resolve(request.sampling, len(ids), card, request_id)
         spec = journey_spec(request_id, ids, sampling, self.text, self._used.first_attempt(request_id), terms)

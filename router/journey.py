@@ -256,11 +256,12 @@ class Journey:
             attempt.legs.discard(event.worker)
             self._lose(now, event.worker, event.reason, out)
 
-    def _on_stop_matched(self, now: float, _: ev.StopMatched, out: list[Command]) -> None:
-        self._finish(now, out, reason=FinishReason.STOP)
+    def _on_ended(self, now: float, event: ev.StopMatched | ev.ClientCancelled, out: list[Command]) -> None:
+        stopped = isinstance(event, ev.StopMatched)
+        self._finish(now, out, reason=FinishReason.STOP if stopped else FinishReason.CANCELLED)
 
-    def _on_cancelled(self, now: float, _: ev.ClientCancelled, out: list[Command]) -> None:
-        self._finish(now, out, reason=FinishReason.CANCELLED)
+    def _on_turned_away(self, now: float, event: ev.Refused, out: list[Command]) -> None:
+        self._finish(now, out, error=event.error)
 
     def _on_tick(self, now: float, _: ev.Tick, out: list[Command]) -> None:
         if now >= self._deadline:
@@ -341,7 +342,8 @@ class Journey:
         ev.Joined: _on_joined,
         ev.AttemptFailed: _on_failed,
         ev.WorkerLost: _on_lost,
-        ev.StopMatched: _on_stop_matched,
-        ev.ClientCancelled: _on_cancelled,
+        ev.StopMatched: _on_ended,
+        ev.ClientCancelled: _on_ended,
+        ev.Refused: _on_turned_away,
         ev.Tick: _on_tick,
     }

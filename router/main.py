@@ -35,6 +35,7 @@ from router.prior import Prior
 from router.service import InferenceServicer, StatusServicer
 from router.slo import TermsOf
 from router.view import ClusterView
+from router.waiting_room import WaitingRoom
 from router.watch import Watch
 from router.web import web_server
 from tandem.v1.cluster_pb2_grpc import add_ClusterServicer_to_server
@@ -73,7 +74,7 @@ class Router:
         self._grace_s = spec.config.cluster.grace_s
         stats = RouterStats()
         placer = Placer(make_policy(config.policy), config.stale_after_s, random.Random())
-        self.dispatcher = Dispatcher(placer, limits_from(spec.config), config.max_queue, clock)
+        self.dispatcher = Dispatcher(placer, limits_from(spec.config), WaitingRoom(config), clock)
         self._links = Links(spec.worker_id, spec.epoch, config.session_lease_s, self.dispatcher)
         self.dispatcher.links = self._links
         knowledge = ModelKnowledge(spec.config.model.name, _version())

@@ -61,6 +61,18 @@ class Placer:
         """Of the prompt's full blocks, for a policy that looks at them."""
         return situation.prompt_keys(spec.prompt, spec.cache_salt) if self.index is not None else ()
 
+    def need(
+        self, journey: Journey, avoid: frozenset[str], prefer: Pair | None, keys: tuple[BlockKey, ...], now: float
+    ) -> Need:
+        """What the journey asks for now. Of its TTFT limit, what is left; whoever has tokens out cannot miss it any more."""
+        spec, so_far = journey.spec, len(journey.log)
+        slo = spec.slo
+        if slo.ttft_s is not None:
+            left_s = None if so_far else max(slo.ttft_s - (now - journey.facts.arrived_at), 1e-3)
+            slo = replace(slo, ttft_s=left_s)
+        tokens = len(spec.prompt) + so_far
+        return Need(tokens, avoid, prefer, keys, slo=slo, output_tokens=self.answer(spec, so_far), now=now)
+
     def decide(self, situation: Situation, need: Need, journey: Journey) -> Decision:
         """The policy's choice, kept with what is predicted of it: also where the policy itself predicts nothing."""
         need = replace(need, draw=self._draws.getrandbits(64))

@@ -1,46 +1,179 @@
-"""Who waits for a place, and who is next. Deciding code."""
+"""Who waits for a place, and who is next. Deciding code.
+
+Requests that already have tokens out (failovers) go first. Then the class of the highest priority; within it the tenant
+that was served least (`router.fairness`); within that, `router.order`. So that nobody starves, one place in
+`AGED_EVERY` goes to whoever has waited longest, once that is longer than `aging_s`: from then on a request waits for at most
+`AGED_EVERY` places for itself and each of those that came before it.
+"""
 
 from __future__ import annotations
 
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from router.fairness import VirtualCounters
+from router.heap import KeyedHeap
+from router.order import Fcfs, Order, Waiting
+
+AGED_EVERY = 4
+WHOLE: Mapping[str, float] = MappingProxyType({})
+
 
 class WaitQueue:
-    """First come, first served, but requests that already have tokens out (failovers) go before new ones.
+    """A head that probes for a place keeps its turn: a refusal costs it nothing. Operations are O(log n).
 
-    The head keeps its turn while it is probing for a place: a refusal costs it nothing, and nobody overtakes it.
+    `shares`: part of `max_waiting` that a class may fill, 1 where it is not named.
     """
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(
+        self,
+        max_waiting: int,
+        order: Callable[[], Order] = Fcfs,
+        counters: VirtualCounters | None = None,
+        aging_s: float = float("inf"),
+        shares: Mapping[str, float] = WHOLE,
+    ) -> None:
         self.bound = max_waiting
+        self._order = order
+        self._counters = counters or VirtualCounters()
+        self._aging_s = aging_s
+        self._shares = shares
         self._urgent: dict[str, None] = {}  # insertion order
-        self._new: dict[str, None] = {}
+        self._new: dict[str, Waiting] = {}  # insertion order: the first has waited longest
+        self._levels: dict[int, _Level] = {}
+        self._ranks: list[int] = []  # negated priorities of the levels, sorted
+        self._by_class: Counter[str] = Counter()
+        self._passed_over = 0  # places given to others while the longest waiting was overdue
 
     def __len__(self) -> int:
         return len(self._urgent) + len(self._new)
 
-    def __contains__(self, journey_id: str) -> bool:
-        return journey_id in self._urgent or journey_id in self._new
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._urgent or request_id in self._new
 
-    def has_room(self) -> bool:
-        """For one more new request; a failover is always let in, it was admitted before."""
-        return len(self) < self.bound
+    def full_for(self, tenant: str, slo_class: str, more: int = 1) -> str:
+        """Why there is no room for `more` new requests like this; empty when there is. A failover is always let in.
 
-    def add(self, journey_id: str, *, urgent: bool) -> None:
-        if journey_id not in self:
-            (self._urgent if urgent else self._new)[journey_id] = None
+        Of several tenants each may fill no more than what it leaves free, so that one that floods the queue shuts nobody
+        out (dynamic thresholds: Choudhury and Hahne, 1998).
+        """
+        waiting, bound = len(self) + more, self.bound
+        if waiting > bound:
+            return f"{len(self)} requests wait already (router.max_queue is {bound})"
+        share = self._shares.get(slo_class, 1.0)
+        if share < 1 and self._by_class[slo_class] + more > max(1, int(share * bound)):
+            return (
+                f"{self._by_class[slo_class]} requests of class {slo_class} wait already, of {bound} in all (its queue_share)"
+            )
+        mine = self._counters.waiting(tenant)
+        if mine + more > 1 and mine + more > bound - waiting + 1 and self._counters.others(tenant):
+            return f"{mine} requests of tenant {tenant} wait already, of {bound} in all (the rest is for other tenants)"
+        return ""
 
-    def remove(self, journey_id: str) -> None:
-        self._urgent.pop(journey_id, None)
-        self._new.pop(journey_id, None)
+    def waiting(self, request_id: str) -> Waiting | None:
+        """None: it does not wait, or as a failover."""
+        return self._new.get(request_id)
 
-    def head(self) -> str | None:
-        for queue in (self._urgent, self._new):
-            for journey_id in queue:
-                return journey_id
+    def add(self, waiting: Waiting, *, urgent: bool = False) -> None:
+        """Who waits already keeps its place."""
+        if waiting.request_id in self:
+            return
+        if urgent:
+            self._urgent[waiting.request_id] = None
+            return
+        self._new[waiting.request_id] = waiting
+        self._counters.arrive(waiting.tenant)
+        self._by_class[waiting.slo_class] += 1
+        level = self._levels.get(waiting.priority)
+        if level is None:
+            level = self._levels[waiting.priority] = _Level(self._order, self._counters)
+            insort(self._ranks, -waiting.priority)
+        level.add(waiting)
+
+    def remove(self, request_id: str) -> None:
+        self._urgent.pop(request_id, None)
+        waiting = self._new.pop(request_id, None)
+        if waiting is None:
+            return
+        self._counters.leave(waiting.tenant)
+        self._by_class[waiting.slo_class] -= 1
+        level = self._levels[waiting.priority]
+        level.discard(waiting)
+        if not level.lines:
+            del self._levels[waiting.priority]
+            self._ranks.remove(-waiting.priority)
+
+    def taken(self, request_id: str, now: float) -> None:
+        """It has its place, and leaves the queue."""
+        overdue = self._overdue(now)
+        if request_id in self._new and overdue is not None:
+            self._passed_over = 0 if request_id == overdue else self._passed_over + 1
+        self.remove(request_id)
+
+    def head(self, now: float) -> str | None:
+        for request_id in self._urgent:
+            return request_id
+        overdue = self._overdue(now)
+        if overdue is not None and self._passed_over >= AGED_EVERY - 1:
+            return overdue
+        return self._levels[-self._ranks[0]].first(now) if self._ranks else None
+
+    def ahead_of(self, tenant: str, priority: int) -> int:
+        """About how many requests would go before one of this tenant and priority that came now."""
+        above = sum(self._levels[-rank].waiting for rank in self._ranks if -rank > priority)
+        level = self._levels.get(priority)
+        if level is None:
+            return len(self._urgent) + above
+        mine = len(level.lines.get(tenant, ()))
+        return len(self._urgent) + above + min(level.waiting, (mine + 1) * len(level.lines))
+
+    def _overdue(self, now: float) -> str | None:
+        for request_id, waiting in self._new.items():
+            return request_id if now - waiting.since >= self._aging_s else None
+        return None
+
+
+class _Level:
+    """Those of one priority: a line per tenant."""
+
+    def __init__(self, order: Callable[[], Order], counters: VirtualCounters) -> None:
+        self.lines: dict[str, Order] = {}
+        self.waiting = 0
+        self._make = order
+        self._counters = counters
+        self._turns = KeyedHeap()
+
+    def add(self, waiting: Waiting) -> None:
+        line = self.lines.get(waiting.tenant)
+        if line is None:
+            line = self.lines[waiting.tenant] = self._make()
+            self._turns.set(waiting.tenant, (self._counters.counter(waiting.tenant),))
+        line.add(waiting)
+        self.waiting += 1
+
+    def discard(self, waiting: Waiting) -> None:
+        line = self.lines[waiting.tenant]
+        line.discard(waiting.request_id)
+        self.waiting -= 1
+        if not len(line):
+            del self.lines[waiting.tenant]
+            self._turns.discard(waiting.tenant)
+
+    def first(self, now: float) -> str | None:
+        """Counters only grow, so a turn that is outdated is too early: it is put right when it comes up."""
+        while (turn := self._turns.first()) is not None:
+            tenant, (counter,) = turn
+            known = self._counters.counter(tenant)
+            if known <= counter:
+                return self.lines[tenant].first(now)
+            self._turns.set(tenant, (known,))
         return None
 
 
 class Pace:
-    """How fast places come free: what a refused user is told to wait."""
+    """How fast places come free while somebody waits for them: what a refused user is told to wait."""
 
     RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
     _WEIGHT = 0.1  # of the newest gap
@@ -49,12 +182,20 @@ class Pace:
         self._last_at: float | None = None
         self._gap_s = 0.0
 
-    def accepted(self, now: float) -> None:
-        """A request has got its place."""
+    def accepted(self, now: float, *, others_wait: bool = True) -> None:
+        """A request has got its place. When nobody waits for the next one, the time until then says nothing."""
         if self._last_at is not None:
             self._gap_s += self._WEIGHT * (now - self._last_at - self._gap_s)
-        self._last_at = now
+        self._last_at = now if others_wait else None
+
+    def wait_s(self, requests: int) -> float:
+        """Seconds until so many more have theirs, by the moving average of the gaps."""
+        return requests * self._gap_s
 
     def time_for(self, requests: int) -> float:
-        """Seconds until so many more have theirs, by the moving average of the gaps; within sensible bounds."""
-        return min(max(requests * self._gap_s, self.RETRY_MIN_S), self.RETRY_MAX_S)
+        """The same within sensible bounds, for who is to come back then."""
+        return bounded_retry_s(self.wait_s(requests))
+
+
+def bounded_retry_s(retry_after_s: float) -> float:
+    return min(max(retry_after_s, Pace.RETRY_MIN_S), Pace.RETRY_MAX_S)

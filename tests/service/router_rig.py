@@ -24,6 +24,7 @@ from router.modelcard import ModelKnowledge
 from router.placing import Placer
 from router.policies import make_policy
 from router.slo import TermsOf
+from router.waiting_room import WaitingRoom
 from router.watch import view_from_pb
 from tandem.sampling import SamplingParams
 from tandem.v1 import cluster_pb2
@@ -72,7 +73,8 @@ class Rig:
     def __init__(self, max_queue: int, limits: Limits, slow_client_s: float, config: RouterConfig) -> None:
         clock = SystemClock()
         self.stats = RouterStats()
-        self.dispatcher = Dispatcher(Placer(make_policy("least_load"), 10.0, random.Random(0)), limits, max_queue, clock)
+        placer = Placer(make_policy(config.policy), 10.0, random.Random(0))
+        self.dispatcher = Dispatcher(placer, limits, WaitingRoom(config, max_queue), clock)
         self.links = Links("router-0", 1, 5.0, self.dispatcher)
         self.dispatcher.links = self.links
         self.front = Frontend(

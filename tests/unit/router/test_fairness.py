@@ -53,11 +53,14 @@ def test_weights_divide_the_charge():
     assert (counters.counter("gold"), counters.counter("plain")) == (25.0, 100.0)
 
 
-def test_counters_of_other_routers_only_ever_raise():
-    counters = VirtualCounters()
-    counters.charge_input("a", 10)
-    counters.raise_to({"a": 5, "b": 7})
-    assert counters.snapshot() == {"a": 10, "b": 7}
+def test_what_others_served_counts_like_our_own():
+    counters = VirtualCounters({"a": 2.0})
+    counters.arrive("a")
+    counters.charge("a", 10)
+    counters.charge("b", 7)
+    assert counters.snapshot() == {"a": 5, "b": 7}
+    assert counters.others("a")
+    assert not VirtualCounters().others("a")
 
 
 def test_more_cannot_leave_than_came():

@@ -16,7 +16,6 @@ from core.request import WorkerRole
 from router.modelcard import ModelKnowledge
 from router.policies import make_policy
 from router.policy import PREFILL_WINDOW_TOKENS, LeastLoad, Need, Nobody, Pair
-from router.queue import Pace, WaitQueue
 from router.situation import Situation
 from router.view import NO_CLAIM, Claim, Claims, ClusterView, WorkerView
 
@@ -130,32 +129,6 @@ def test_a_snapshot_that_does_not_name_a_connected_worker_keeps_it():
     assert set(kept.workers) == {"p0", "d0"}
     dead = view(replace(POOL[2], state=WorkerState.DEAD)).keeping(old, frozenset({"d0"}))
     assert dead.workers["d0"].state is WorkerState.DEAD, "what a snapshot does say, counts"
-
-
-def test_the_queue_is_fair_and_failovers_go_first():
-    queue = WaitQueue(3)
-    for name in "abc":
-        queue.add(name, urgent=False)
-    assert not queue.has_room()
-    queue.add("f", urgent=True)
-    queue.add("a", urgent=True)  # waits already: keeps its place
-    order = []
-    while (head := queue.head()) is not None:
-        order.append(head)
-        queue.remove(head)
-    assert order == ["f", "a", "b", "c"]
-    assert len(queue) == 0
-    assert "a" not in queue
-
-
-def test_the_wait_one_is_told_follows_the_pace():
-    pace = Pace()
-    assert pace.time_for(100) == Pace.RETRY_MIN_S, "nothing is known yet"
-    for second in range(200):
-        pace.accepted(second * 0.5)
-    assert pace.time_for(20) == pytest.approx(10, rel=0.01)
-    assert pace.time_for(0) == Pace.RETRY_MIN_S
-    assert pace.time_for(10**6) == Pace.RETRY_MAX_S
 
 
 def test_the_model_card_is_the_tightest_worker_and_is_remembered():
