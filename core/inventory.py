@@ -102,7 +102,8 @@ class Inventory(TableView):
 
         When the key is already resident the caller's reference moves to that block and `block` loses it. Committing a
         block again under its own key changes nothing. `tenant` is whom the block is charged to; the first who commits a
-        key is. `cost_s` is what computing the block again takes, known to the policy `cost` alone; 0: not known, goes first.
+        key is. `cost_s` is what computing the block again takes, known to the policy `cost` alone; 0: not known,
+        `typical_cost_s` is taken, and without it the block goes first.
         What is not `shared` is for this node alone: `changes` does not name it.
         """
         assert len(key) == KEY_BYTES, "only full blocks have keys"
@@ -115,7 +116,7 @@ class Inventory(TableView):
                 self._key[block] = key
                 self._by_key[key] = block
                 self._tenant[block] = tenant
-                self._cost_s[block] = cost_s
+                self._cost_s[block] = cost_s or self.typical_cost_s
                 if self._shares is not None:
                     self._shares.charge(tenant, 1)
                 if self._clock is not None:

@@ -107,6 +107,8 @@ class BlockTable:
         self._logs: tuple[ChangeLog, ...] = (self._log,)
         self._clock = clock
         self.evictions = Evictions()
+        self.typical_cost_s = 0.0
+        """What computing a block takes where nobody says more of it."""
         ranks = self._ranks = make_ranks(policy, self._hits, self._cost_s)
         self._shares: SharedQueue | None = None
         self._idle: IdleQueue = make_queue(ranks)

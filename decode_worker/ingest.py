@@ -101,12 +101,12 @@ class Ingests:
             self._inventory.release(found)
             raise
         local = frozenset(range(len(found)))
-        plan = IngestPlan(keys, len(item.token_ids), found + fresh, local, self._lossy, salted_keys, salted)
+        plan = IngestPlan(keys, len(item.token_ids), found + fresh, local, self._lossy, salted_keys, salted, item.cache_salt)
         self._reservations[item.key] = Reservation(item, plan, self._clock.now() + self._reservation_s)
         return len(found) * size
 
     def pull(self, key: AttemptKey, ticket: KvTicket) -> Sequence[BlockKey]:
-        """Starts filling a reservation, and says which keys it may bring.
+        """Starts filling a reservation, and says which keys it may bring that others hear of.
 
         Raises UnavailableError when there is none, or it is being filled already.
         """
@@ -118,7 +118,7 @@ class Ingests:
         self._pulls.add(task)
         task.add_done_callback(partial(self._pulled, reservation))
         plan = reservation.plan
-        return [*plan.keys[len(plan.local) :], *plan.salted_keys[len(plan.local) :]]
+        return plan.keys[len(plan.local) :]
 
     def drop(self, key: AttemptKey) -> None:
         """Gives a reservation up. Blocks that are being written into follow when the transport has let go of them."""

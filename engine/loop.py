@@ -110,6 +110,7 @@ class StepLoop:
                 retry_after_s=1.0,
             )
         sequence = Sequence(self._arrivals, item, terms, root or self._root_key(item.cache_salt), now)
+        sequence.shared = root is None
         if blocks is None:
             self._scheduler.waiting.append(sequence)
         else:
@@ -289,7 +290,7 @@ class StepLoop:
         first, full = sequence.committed_blocks, sequence.computed // self._block_size
         keys, blocks, swapped = sequence.keys_until(full, self._block_size), sequence.blocks, False
         for i in range(first, full):
-            block = self._inventory.commit(blocks[i], keys[i], tenant=sequence.item.cache_salt)
+            block = self._inventory.commit(blocks[i], keys[i], tenant=sequence.item.cache_salt, shared=sequence.shared)
             swapped |= block != blocks[i]
             blocks[i] = block
         sequence.committed_blocks = full

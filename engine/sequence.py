@@ -18,7 +18,7 @@ class Sequence:
 
     __slots__ = (
         "arrived", "blocks", "cached_tokens", "committed_blocks", "computed", "deadline", "first_scheduled", "item", "key",
-        "keys", "max_len", "prompt_len", "reported", "root", "seq_id", "stop_ids", "terms", "tokens",
+        "keys", "max_len", "prompt_len", "reported", "root", "seq_id", "shared", "stop_ids", "terms", "tokens",
     )  # fmt: skip
 
     def __init__(self, seq_id: int, item: WorkItem, terms: Terms, root: BlockKey, now: float) -> None:
@@ -40,6 +40,7 @@ class Sequence:
         self.deadline = now + item.remaining_s if item.remaining_s > 0 else float("inf")
         self.first_scheduled: float | None = None
         self.reported = False  # its prefill was
+        self.shared = True  # its blocks are what this model computes, so others hear of them
         assert len(self.tokens) < self.max_len, "a finished request has nothing to compute"
 
     def place(self, blocks: list[int], computed: int) -> None:

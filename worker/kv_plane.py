@@ -68,6 +68,7 @@ class KvPlane:
         self._node = KvNode(self.exports, node.inventory, node.layout, self.source, spec.role, config.engine.eviction)
         self._peers = 0
         self._block_s: float | None = None
+        node.inventory.typical_cost_s = node.layout.block_size / ASSUMED_TOKENS_PER_S
         self._tasks: list[asyncio.Task[None]] = []
         self._directory: Directory | None = None
         if wanted(config):
@@ -198,6 +199,7 @@ class KvPlane:
 
     def _learn(self, block_s: float) -> None:
         self._block_s = block_s if self._block_s is None else self._block_s + WEIGHT * (block_s - self._block_s)
+        self._base.node.inventory.typical_cost_s = self._block_s
 
     def _run(self, work: Coroutine[object, object, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

@@ -44,6 +44,14 @@ def resident(worker: RunningWorker, keys: list[BlockKey]) -> list[bool]:
     return out
 
 
+def told(worker: RunningWorker) -> set[BlockKey]:
+    """Blocks that directory, store and routers hear of."""
+    log = worker.inventory.follow()
+    added = worker.inventory.changes(10_000, log=log).added
+    worker.inventory.unfollow(log)
+    return set(added)
+
+
 async def encoded_blocks(worker: RunningWorker, transport: str, codec: str) -> float:
     name = f'tandem_kv_encoded_blocks_total{{codec="{codec}",transport="{transport}"}}'
     return (await worker.metrics()).get(name, 0.0)
@@ -74,12 +82,14 @@ async def test_what_came_lossy_never_lies_under_an_exact_key(transport, exact_to
             salted = keys_of(decode, one, tokens, "int8")
             assert all(resident(decode, salted))
             assert len(salted) > len(one.token_ids) // SIZE or one.prompt_len % SIZE == 0, "a generated block is among them"
+            assert not told(decode) & set(salted), "nobody else looks them up, so nobody hears of them"
             reused = (await router.reserve(again(one, 2))).cached_tokens
             assert reused == one.prompt_len // SIZE * SIZE
             await router.cancel(again(one, 2).key)
         assert await encoded_blocks(decode, transport, "int8")
         # Whole requests are computed here as if nothing lossy had ever been near.
         assert [await router.local(again(one, 3)) for one in ITEMS] == exact_tokens
+        assert {key for one in ITEMS for key in keys_of(decode, one, [])} <= told(decode)
         await prefill.settled()
         await decode.settled()
 
