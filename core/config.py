@@ -167,6 +167,9 @@ class RouterConfig(_Branch):
     """Of requests that name none."""
     tenants: dict[str, TenantConfig] = Field(default_factory=dict)
     """By name; `default` takes requests that name none. Empty: requests may name any tenant, all of the same weight."""
+    index_blocks_max: int = Field(1_000_000, ge=0)
+    """Blocks of which the router remembers who has them, for policies that look at it; those learned first are forgotten
+    beyond it. About 50 MB per million; 0: none."""
     max_attempts: int = Field(8, ge=1)
     """Placements of one request before it fails."""
     queue_timeout_s: float = Field(60.0, gt=0)

@@ -21,6 +21,7 @@ EXPECTED_S = 10.0
 """How long a placed prompt counts as cached where it was placed; by then its worker has said so, or it will not be."""
 EXPECTED_SHARE = 8
 """At most this part of `blocks_max` is expected."""
+BLOCKS_MIN = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,10 @@ class BlockIndex:
 
     def __init__(self, blocks_max: int) -> None:
         self.slots = Slots()
+        blocks_max = max(blocks_max, BLOCKS_MIN)
         self._dram = PrefixIndex(self.slots, blocks_max)
         self._disk = PrefixIndex(self.slots, blocks_max)
-        self._expected = PrefixIndex(self.slots, max(blocks_max // EXPECTED_SHARE, 8))
+        self._expected = PrefixIndex(self.slots, max(blocks_max // EXPECTED_SHARE, BLOCKS_MIN))
         self._until: deque[tuple[float, str, Keys]] = deque()
         self._matched: tuple[Sequence[BlockKey], Match] = ((), NOTHING_KNOWN)
 

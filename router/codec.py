@@ -29,6 +29,10 @@ def hello_to_pb(router_id: str, epoch: int, expected_epoch: int, lease_s: float)
     return pb.SessionCommand(hello=hello)
 
 
+def follow_kv_to_pb(stream: int) -> pb.SessionCommand:
+    return pb.SessionCommand(follow_kv=pb.FollowKv(stream=stream))
+
+
 def command_to_pb(command: ev.Send) -> pb.SessionCommand:
     match command:
         case ev.SendReserve(_, item):

@@ -30,6 +30,7 @@ class KvEvents:
     def __init__(self, index: BlockIndex) -> None:
         self.gaps = 0
         """Streams that had to begin anew."""
+        self.portions = 0
         self._index = index
         self._streams: dict[str, _Stream] = {}
         self._last = 0
@@ -51,6 +52,7 @@ class KvEvents:
         if changes.sequence != stream.next:
             return self.broken(node)
         stream.next += 1
+        self.portions += 1
         self._index.heard(node, changes)
         return None
 

@@ -10,10 +10,13 @@ from typing import Any, Protocol
 
 import grpc
 
+from core.errors import InvalidRequestError
 from core.request import WorkerRole
 from core.service import KEEPALIVE_OPTIONS
-from router.codec import Addressed, command_to_pb, events_from_pb, hello_to_pb
+from core.wire import changes_from_pb
+from router.codec import Addressed, command_to_pb, events_from_pb, follow_kv_to_pb, hello_to_pb
 from router.events import Send
+from router.kv_events import KvEvents
 from router.view import ClusterView, WorkerView
 from tandem.cancelling import heed_cancellation
 from tandem.v1 import common_pb2 as pb
@@ -28,7 +31,7 @@ BACKOFF_MAX_S = 2.0
 OUT_QUEUE_MAX = 4096
 FLUSH_TIMEOUT_S = 0.5
 # A stopped worker must be noticed within a few seconds, sooner than the controller's own limit where that can be.
-_CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
+CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     *((name, value) for name, value in KEEPALIVE_OPTIONS if not name.endswith(("_time_ms", "_timeout_ms"))),
     ("grpc.keepalive_time_ms", 2_000),
     ("grpc.keepalive_timeout_ms", 3_000),
@@ -59,13 +62,22 @@ class _BrokenError(Exception):
 class Link:
     """The session with one incarnation. `send` never waits; what does not fit breaks the session, for the peer is stuck."""
 
-    def __init__(self, router_id: str, router_epoch: int, lease_s: float, worker: WorkerView, listener: Listener) -> None:
+    def __init__(
+        self,
+        router_id: str,
+        router_epoch: int,
+        lease_s: float,
+        worker: WorkerView,
+        listener: Listener,
+        kv_events: KvEvents | None = None,
+    ) -> None:
         self.worker = worker
         self.up = False
         self._router_id = router_id
         self._router_epoch = router_epoch
         self._lease_s = lease_s
         self._listener = listener
+        self._kv_events = kv_events
         self._out: deque[pb.SessionCommand] = deque()
         self._wake = asyncio.Event()
         self._flushed = asyncio.Event()
@@ -75,7 +87,10 @@ class Link:
     def send(self, command: Send) -> None:
         """Queues a command of a session that is up."""
         assert self.up, "commands never name a lost worker"
-        self._out.append(command_to_pb(command))
+        self._put(command_to_pb(command))
+
+    def _put(self, command: pb.SessionCommand) -> None:
+        self._out.append(command)
         self._wake.set()
         self._flushed.clear()
         if len(self._out) == OUT_QUEUE_MAX:
@@ -100,7 +115,7 @@ class Link:
         while True:
             reason = "the session ended"
             try:
-                async with grpc.aio.insecure_channel(self.worker.address, options=_CHANNEL_OPTIONS) as channel:
+                async with grpc.aio.insecure_channel(self.worker.address, options=CHANNEL_OPTIONS) as channel:
                     await self._session(channel)
             except grpc.aio.AioRpcError as error:
                 reason = error.details() or error.code().name
@@ -141,7 +156,10 @@ class Link:
         writer.add_done_callback(lambda _: call.cancel())  # a write that fails ends the reading too
         try:
             async for message in events:
-                heard(name, events_from_pb(name, message))
+                if message.WhichOneof("event") == "kv_changes":
+                    self._heard_of_blocks(message.kv_changes)
+                else:
+                    heard(name, events_from_pb(name, message))
                 if not self.up:
                     return
         finally:
@@ -161,6 +179,20 @@ class Link:
         self._out.clear()
         self.up = True
         self._listener.link_up(self.worker.worker_id)
+        if self._kv_events is not None:
+            self._put(follow_kv_to_pb(self._kv_events.up(self.worker.worker_id)))
+
+    def _heard_of_blocks(self, message: pb.KvChanges) -> None:
+        if self._kv_events is None:
+            return
+        name = self.worker.worker_id
+        try:
+            again = self._kv_events.heard(name, changes_from_pb(message))
+        except InvalidRequestError as error:
+            log.warning("%s: %s", name, error.message)
+            again = self._kv_events.broken(name)
+        if again is not None:
+            self._put(follow_kv_to_pb(again))
 
     def _down(self, reason: str, level: int = logging.WARNING) -> None:
         if self.up:
@@ -174,10 +206,14 @@ class Link:
 
 
 class Links:
-    """All sessions of this router. `follow(view)` opens and closes them."""
+    """All sessions of this router. `follow(view)` opens and closes them. `kv_events`: who hears of the workers' blocks."""
 
-    def __init__(self, router_id: str, router_epoch: int, lease_s: float, listener: Listener) -> None:
-        self._make: Callable[[WorkerView], Link] = lambda worker: Link(router_id, router_epoch, lease_s, worker, listener)
+    def __init__(
+        self, router_id: str, router_epoch: int, lease_s: float, listener: Listener, kv_events: KvEvents | None = None
+    ) -> None:
+        self._make: Callable[[WorkerView], Link] = lambda worker: Link(
+            router_id, router_epoch, lease_s, worker, listener, kv_events
+        )
         self._links: dict[str, Link] = {}
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -199,7 +235,9 @@ class Links:
             if not unnamed and (worker is None or _incarnation(worker) != _incarnation(link.worker)):
                 self._retire(name, "the cluster says it is gone" if worker is None else "it was replaced")
         for name, worker in wanted.items():
-            if name not in self._links:
+            if name in self._links:
+                self._links[name].worker = worker
+            else:
                 self._links[name] = self._make(worker)
 
     async def close(self) -> None:
@@ -219,5 +257,6 @@ class Links:
         task.add_done_callback(self._retiring.discard)
 
 
-def _incarnation(worker: WorkerView) -> tuple[int, str, WorkerRole]:
-    return worker.epoch, worker.address, worker.role
+def _incarnation(worker: WorkerView) -> tuple[int, str]:
+    """A change of role is none of it: the session stands, and what runs on it goes on."""
+    return worker.epoch, worker.address

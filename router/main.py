@@ -24,8 +24,10 @@ from core.service import GrpcServer, Registration, serve
 from core.text import Tokenizer
 from router.attempt import Limits
 from router.dispatch import Dispatcher
+from router.exchange import Exchange, Totals
 from router.frontend import Frontend
 from router.http import build_app
+from router.index_metrics import IndexMetrics
 from router.links import Links
 from router.metrics import PriorMetrics, RouterMetrics, RouterStats
 from router.modelcard import VERSION_UNKNOWN, ModelKnowledge
@@ -34,6 +36,7 @@ from router.policies import make_policy
 from router.prior import Prior
 from router.service import InferenceServicer, StatusServicer
 from router.slo import TermsOf
+from router.store_links import StoreLinks
 from router.view import ClusterView
 from router.waiting_room import WaitingRoom
 from router.watch import Watch
@@ -56,32 +59,41 @@ class RouterInfo(NamedTuple):
     http_address: str
 
 
-async def run(spec: HostSpec, stop: asyncio.Event, on_ready: Callable[[RouterInfo], None] | None = None) -> None:
+async def run(
+    spec: HostSpec,
+    stop: asyncio.Event,
+    on_ready: Callable[[RouterInfo], None] | None = None,
+    totals: Totals | None = None,
+) -> None:
     """Serves until `stop` is set, then finishes what runs within the grace time.
 
     Raises ConfigError when it cannot start: no tokenizer, unknown policy, an address in use, a cost model of another model.
     """
     text = await asyncio.to_thread(Tokenizer.load, spec.config.model.path)
-    await Router(spec, text).serve(stop, on_ready)
+    await Router(spec, text, totals).serve(stop, on_ready)
 
 
 class Router:
-    """One router process, wired. `text` is the model's tokenizer."""
+    """One router process, wired. `text` is the model's tokenizer; `totals`: what all routers served, where they share it."""
 
-    def __init__(self, spec: HostSpec, text: Tokenizer) -> None:
+    def __init__(self, spec: HostSpec, text: Tokenizer, totals: Totals | None = None) -> None:
         config, clock = spec.config.router, SystemClock()
         self._spec = spec
         self._grace_s = spec.config.cluster.grace_s
         stats = RouterStats()
-        placer = Placer(make_policy(config.policy), config.stale_after_s, random.Random())
+        placer = Placer(make_policy(config.policy), config.stale_after_s, random.Random(), config.index_blocks_max)
         self.dispatcher = Dispatcher(placer, limits_from(spec.config), WaitingRoom(config), clock)
-        self._links = Links(spec.worker_id, spec.epoch, config.session_lease_s, self.dispatcher)
+        self._exchange = Exchange(self.dispatcher.room, totals, clock) if totals is not None else None
+        self._links = Links(spec.worker_id, spec.epoch, config.session_lease_s, self.dispatcher, placer.events)
+        self._stores = StoreLinks(placer.events) if placer.events is not None else None
         self.dispatcher.links = self._links
         knowledge = ModelKnowledge(spec.config.model.name, _version())
         self.frontend = Frontend(self.dispatcher, text, knowledge, stats, clock, config.slow_client_s, TermsOf(config))
         self._text = text
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(RouterMetrics(stats, self.dispatcher))
+        if placer.index is not None and placer.events is not None:
+            self._registry.register(IndexMetrics(placer.index, placer.events))
         self._clock = clock
         self._prior = prior_of(spec.config)
         if self._prior is not None:
@@ -96,6 +108,8 @@ class Router:
     async def serve(self, stop: asyncio.Event, on_ready: Callable[[RouterInfo], None] | None = None) -> None:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._links.close)
+            if self._stores is not None:
+                stack.push_async_callback(self._stores.close)
             stack.callback(self.dispatcher.close)
             server, http_address = await self._listen(stack)
             self._said = replace(
@@ -103,6 +117,8 @@ class Router:
             )
             await stack.enter_async_context(_running(self._watch.run(), "watch"))
             await stack.enter_async_context(_running(self._reporter.run(), "report"))
+            if self._exchange is not None:
+                await stack.enter_async_context(_running(self._exchange.run(), "exchange of what tenants were served"))
             info = RouterInfo(self._spec.worker_id, server.address, http_address)
             announce = self._announce(server, info, on_ready)
             async with _running(announce, "announce readiness"):
@@ -147,6 +163,8 @@ class Router:
                 log.warning(line)
             view = self._prior.under(view)
         self.dispatcher.follow(view)
+        if self._stores is not None:
+            self._stores.follow(view)
 
     def _report(self) -> WorkerReport:
         """Once it has been ready, a router without workers is still ready: it queues until they are replaced."""
