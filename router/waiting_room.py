@@ -7,6 +7,7 @@ and in weighted tokens to its virtual counter.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from core.config import RouterConfig
 from core.errors import OverloadedError, QuotaExceededError
@@ -28,7 +29,7 @@ from router.order import ORDERS, Waiting
 from router.policy import Candidate, Decision, Need, Pair
 from router.queue import Pace, WaitQueue, bounded_retry_s
 from router.quotas import Quotas
-from router.sharing import Sharing
+from router.sharing import Service, Sharing
 from router.situation import Situation
 
 NEAR = 0.9
@@ -164,6 +165,12 @@ class WaitingRoom:
 
     def generated(self, tenant: str, tokens: int, now: float) -> None:
         self._charge(tenant, OUTPUT_WEIGHT * tokens, tokens, now)
+
+    def heard(self, elsewhere: Mapping[str, Service], now: float) -> None:
+        """Other routers served this."""
+        for tenant, service in elsewhere.items():
+            self.counters.charge(tenant, service.weighted)
+            self.quotas.used(tenant, service.tokens, now)
 
     def _charge(self, tenant: str, service: float, tokens: int, now: float) -> None:
         self.counters.charge(tenant, service)
