@@ -1,20 +1,21 @@
-"""Offers load: when each request is due, and driving a target with it. Latency counts from when a request was due."""
+"""Offers load: sends each request when it is due, whatever became of those before. Latency counts from when it was due."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from core.latency import Outcome, RequestTrace
 from core.trace import HASH_BLOCK_TOKENS
 from tandem.errors import OverloadedError, TandemError
 
 OUTSTANDING_MAX = 10_000
+Word = TypeVar("Word")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +28,25 @@ class Job:
     seed: int
     prefix_ids: tuple[int, ...] = ()
     """Names of the prompt's leading blocks: equal names in front mean an equal prefix."""
+    prefix_block: int = HASH_BLOCK_TOKENS
+    """Tokens of each of them."""
 
 
-def prompt_ids(job: Job, vocab_size: int) -> list[int]:
-    """Random token ids, the same for the same job, with the prefixes shared that the job's `prefix_ids` share."""
-    ids: list[int] = []
+def prompt_of(job: Job, words: Sequence[Word]) -> list[Word]:
+    """Random ones of `words` (token ids, say), the same for the same job, with the prefixes shared that `prefix_ids` share."""
+    prompt: list[Word] = []
     for name in job.prefix_ids:
-        rng = random.Random(name)
-        ids += [rng.randrange(vocab_size) for _ in range(min(HASH_BLOCK_TOKENS, job.prompt_tokens - len(ids)))]
-    rng = random.Random(job.seed)
-    return ids + [rng.randrange(vocab_size) for _ in range(job.prompt_tokens - len(ids))]
+        prompt += random.Random(name).choices(words, k=min(job.prefix_block, job.prompt_tokens - len(prompt)))
+    return prompt + random.Random(job.seed).choices(words, k=job.prompt_tokens - len(prompt))
 
 
 class Target(Protocol):
     """Something that answers requests."""
+
+    @property
+    def context_max(self) -> int | None:
+        """Tokens that a request may have, answer included; None when it did not say."""
+        ...
 
     def answer(self, job: Job) -> AsyncIterator[int]:
         """Yields how many tokens just arrived, as they do. Raises TandemError."""
@@ -48,14 +54,6 @@ class Target(Protocol):
 
 
 OpenTarget = Callable[[], AbstractAsyncContextManager[Target]]
-
-
-def arrivals(rate: float, poisson: bool, rng: random.Random) -> Iterator[float]:
-    """Seconds at which requests are due, without end: exponential gaps of mean 1/rate, or equal ones."""
-    now = 0.0
-    while True:
-        yield now
-        now += rng.expovariate(rate) if poisson else 1.0 / rate
 
 
 async def run_open(target: Target, jobs: list[Job], on_done: Callable[[RequestTrace], None]) -> list[RequestTrace]:

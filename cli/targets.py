@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
 import h11
 
-from cli.load import Job, prompt_ids
+from cli.load import Job, prompt_of
+from core.request import Slo
 from tandem import AsyncClient, SamplingParams
+from tandem._convert import RequestOptions
 from tandem.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -21,57 +23,87 @@ from tandem.errors import (
     TandemError,
     UnavailableError,
 )
+from tandem.results import Model
 
 CONNECT_TIMEOUT_S = 10.0
 _READ_BYTES = 65_536
+TOKEN_IDS = range(300, 4000)
+"""Ordinary tokens in every vocabulary: what prompts of ids are made of where the vocabulary is not known."""
 _WORDS = ("def", "self", "return", "value", "index", "for", "in", "range", "if", "None", "import", "class", "name", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What every request asks for: an answer within `timeout_s`, and of Tandem the limits and the class it is told of."""
+
+    timeout_s: float
+    slo: Slo = field(default_factory=Slo)
+    slo_class: str = ""
+
+    def fields(self) -> dict[str, float | str]:
+        limits = {"ttft_slo_s": self.slo.ttft_s, "tbt_slo_s": self.slo.tbt_s, "tpot_slo_s": self.slo.tpot_s}
+        given: dict[str, float | str] = {name: limit for name, limit in limits.items() if limit is not None}
+        return given | ({"slo_class": self.slo_class} if self.slo_class else {})
 
 
 class GrpcTarget:
     """Prompts are random token ids, so that their length is exact."""
 
-    def __init__(self, client: AsyncClient, vocab_size: int, timeout_s: float) -> None:
+    def __init__(self, client: AsyncClient, model: Model, asked: Asked) -> None:
         self._client = client
-        self._vocab_size = vocab_size
-        self._timeout_s = timeout_s
+        self._vocabulary = range(model.vocab_size)
+        self._asked = asked
+        self.context_max: int | None = model.max_model_len
 
     async def answer(self, job: Job) -> AsyncIterator[int]:
-        prompt = prompt_ids(job, self._vocab_size)
+        prompt = prompt_of(job, self._vocabulary)
         sampling = SamplingParams(max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True)
-        async with self._client.stream(prompt, sampling, timeout_s=self._timeout_s) as stream:
+        options = cast(RequestOptions, self._asked.fields())
+        async with self._client.stream(prompt, sampling, timeout_s=self._asked.timeout_s, **options) as stream:
             async for token in stream:
                 if token.token_id >= 0:
                     yield 1
 
 
 @asynccontextmanager
-async def open_grpc(address: str, timeout_s: float) -> AsyncIterator[GrpcTarget]:
+async def open_grpc(address: str, asked: Asked) -> AsyncIterator[GrpcTarget]:
     """Raises UnavailableError when nobody answers there."""
     async with AsyncClient(address, max_retries=0) as client:
-        model = await client.model()
-        yield GrpcTarget(client, model.vocab_size, timeout_s)
+        yield GrpcTarget(client, await client.model(), asked)
 
 
 class HttpTarget:
-    """`POST /v1/completions` with streaming. A chunk with text counts as one token; prompts are words, about one token each."""
+    """`POST /v1/completions` with streaming. A chunk with text counts as one token. Prompts are words, about one token each,
+    or token ids for servers that take them."""
 
-    def __init__(self, base: SplitResult, model: str, timeout_s: float) -> None:
+    def __init__(self, base: SplitResult, model: dict[str, Any], asked: Asked, ids: bool) -> None:
         self._base = base
-        self._model = model
-        self._timeout_s = timeout_s
+        self._model = str(model["id"])
+        self._asked = asked
+        self._ids = ids
+        self.context_max: int | None = model.get("max_model_len")
 
     async def answer(self, job: Job) -> AsyncIterator[int]:
-        rng = random.Random(job.seed)
-        body = {
+        async with aclosing(self.stream(self.body(job))) as events:
+            async for event in events:
+                if any(choice.get("text") for choice in event.get("choices", ())):
+                    yield 1
+
+    def body(self, job: Job) -> dict[str, Any]:
+        return {
             "model": self._model,
-            "prompt": " ".join(rng.choice(_WORDS) for _ in range(job.prompt_tokens)),
+            "prompt": prompt_of(job, TOKEN_IDS) if self._ids else " ".join(prompt_of(job, _WORDS)),
             "max_tokens": job.max_tokens,
             "temperature": 0.0,
             "stream": True,
             "ignore_eos": True,
+            **self._asked.fields(),
         }
+
+    async def stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Sends `body` and yields the objects of the answer. Raises TandemError, DeadlineExceededError after the timeout."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._timeout_s
+        deadline = loop.time() + self._asked.timeout_s
         async with aclosing(_events(self._base, "/v1/completions", body)) as events:
             while True:
                 try:
@@ -80,13 +112,12 @@ class HttpTarget:
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
-                    raise DeadlineExceededError(f"no complete answer within {self._timeout_s:g} s") from None
-                if any(choice.get("text") for choice in event.get("choices", ())):
-                    yield 1
+                    raise DeadlineExceededError(f"no complete answer within {self._asked.timeout_s:g} s") from None
+                yield event
 
 
 @asynccontextmanager
-async def open_http(url: str, timeout_s: float) -> AsyncIterator[HttpTarget]:
+async def open_http(url: str, asked: Asked, ids: bool = False) -> AsyncIterator[HttpTarget]:
     """`url` is the server's root, with or without `/v1`. Raises UnavailableError when nobody answers there."""
     base = urlsplit(url if "://" in url else f"http://{url}")
     if base.scheme != "http" or not base.hostname:
@@ -94,7 +125,7 @@ async def open_http(url: str, timeout_s: float) -> AsyncIterator[HttpTarget]:
     base = base._replace(path=base.path.rstrip("/").removesuffix("/v1"))
     async with asyncio.timeout(CONNECT_TIMEOUT_S), aclosing(_events(base, "/v1/models", None)) as events:
         models = await anext(events)
-    yield HttpTarget(base, models["data"][0]["id"], timeout_s)
+    yield HttpTarget(base, models["data"][0], asked, ids)
 
 
 async def _events(base: SplitResult, path: str, body: dict[str, Any] | None) -> AsyncGenerator[dict[str, Any], None]:

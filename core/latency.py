@@ -110,5 +110,21 @@ def summarize(traces: Sequence[RequestTrace], slo: Slo, duration_s: float) -> di
     }
 
 
+def rate_at(points: Sequence[tuple[float, float]], share: float = 0.9) -> float | None:
+    """The rate up to which `share` is attained, of (rate, attainment) measured at several: between the last point that
+    attains it and the first that does not, linear in the logarithm of the rate. None when the lowest rate already does not;
+    the highest rate when all do.
+    """
+    last: tuple[float, float] | None = None
+    for rate, attained in sorted(points):
+        if attained < share:
+            if last is None:
+                return None
+            low, before = last
+            return low * (rate / low) ** ((before - share) / (before - attained))
+        last = (rate, attained)
+    return last[0] if last else None
+
+
 def _share(hits: Sequence[bool]) -> float:
     return sum(hits) / len(hits) if hits else 0.0

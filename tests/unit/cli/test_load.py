@@ -8,13 +8,18 @@ import random
 import statistics
 from collections.abc import AsyncIterator
 
-from cli.load import Job, arrivals, prompt_ids, run_closed, run_open, send
+import pytest
+
+from cli.arrivals import Arrivals, arrivals
+from cli.load import Job, prompt_of, run_closed, run_open, send
 from core.latency import Outcome, RequestTrace
 from tandem.errors import InternalError, OverloadedError
 
 
 class Echo:
     """Answers `max_tokens` tokens, `delay_s` after it is asked; counts how many it answers at once."""
+
+    context_max: int | None = None
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.delay_s = delay_s
@@ -41,14 +46,26 @@ def jobs(*due: float, tokens: int = 3) -> list[Job]:
 
 
 def test_poisson_arrivals_have_the_rate_and_spread_of_a_poisson_process() -> None:
-    times = list(itertools.islice(arrivals(10.0, True, random.Random(1)), 5000))
+    times = list(itertools.islice(arrivals(10.0, Arrivals.POISSON, 1.0, random.Random(1)), 5000))
     gaps = [b - a for a, b in itertools.pairwise(times)]
     assert abs(statistics.mean(gaps) - 0.1) < 0.005
     assert abs(statistics.stdev(gaps) / statistics.mean(gaps) - 1.0) < 0.05
 
 
 def test_constant_arrivals_are_equal_steps() -> None:
-    assert list(itertools.islice(arrivals(4.0, False, random.Random(1)), 4)) == [0.0, 0.25, 0.5, 0.75]
+    assert list(itertools.islice(arrivals(4.0, Arrivals.CONSTANT, 1.0, random.Random(1)), 4)) == [0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("cv", [0.5, 2.0, 4.0])
+def test_gamma_arrivals_have_the_rate_and_the_burstiness_that_were_asked_for(cv: float) -> None:
+    times = list(itertools.islice(arrivals(10.0, Arrivals.GAMMA, cv, random.Random(7)), 40_000))
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert statistics.mean(gaps) == pytest.approx(0.1, rel=0.06)
+    assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(cv, rel=0.06)
+
+
+def test_gamma_arrivals_without_variation_are_equal_steps() -> None:
+    assert list(itertools.islice(arrivals(4.0, Arrivals.GAMMA, 0.0, random.Random(1)), 3)) == [0.0, 0.25, 0.5]
 
 
 async def test_an_open_loop_does_not_wait_for_answers() -> None:
@@ -87,9 +104,12 @@ async def test_refusals_failures_and_empty_answers_are_told_apart() -> None:
 
 
 def test_prompts_share_what_their_trace_shares_and_nothing_else() -> None:
-    one, two = (prompt_ids(Job(0.0, 700, 1, seed, (7, block)), 500) for seed, block in ((1, 8), (2, 9)))
+    one, two = (prompt_of(Job(0.0, 700, 1, seed, (7, block)), range(500)) for seed, block in ((1, 8), (2, 9)))
     assert len(one) == len(two) == 700
     assert one[:512] == two[:512]
     assert one[512:] != two[512:]
-    assert prompt_ids(Job(0.0, 100, 1, 3, (7, 8)), 500) == one[:100], "a prompt may end inside a block"
-    assert prompt_ids(Job(0.0, 20, 1, 3), 500) == prompt_ids(Job(0.0, 20, 9, 3), 500) != prompt_ids(Job(0.0, 20, 1, 4), 500)
+    assert prompt_of(Job(0.0, 100, 1, 3, (7, 8)), range(500)) == one[:100], "a prompt may end inside a block"
+    short = prompt_of(Job(0.0, 20, 1, 3), range(500))
+    assert short == prompt_of(Job(0.0, 20, 9, 3), range(500))
+    assert short != prompt_of(Job(0.0, 20, 1, 4), range(500))
+    assert prompt_of(Job(0.0, 9, 1, 1, (5,), 4), range(500))[:4] == prompt_of(Job(0.0, 6, 1, 2, (5,), 4), range(500))[:4]

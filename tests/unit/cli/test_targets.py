@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from cli.load import Job
-from cli.targets import open_http
+from cli.targets import Asked, open_http
 from tandem.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, TandemError, UnavailableError
 
 JOB = Job(0.0, 5, 3, 1)
@@ -55,7 +55,7 @@ async def server(answer: Pieces, hang: bool = False) -> AsyncIterator[str]:
 
 
 async def ask(url: str, timeout_s: float = 10.0) -> int:
-    async with open_http(url, timeout_s) as target:
+    async with open_http(url, Asked(timeout_s)) as target:
         return sum([count async for count in target.answer(JOB)])
 
 

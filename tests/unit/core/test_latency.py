@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.latency import Outcome, RequestTrace, percentile, spread, summarize
+from core.latency import Outcome, RequestTrace, percentile, rate_at, spread, summarize
 from core.request import Slo
 
 DONE, REJECTED, FAILED = Outcome.COMPLETED, Outcome.REJECTED, Outcome.FAILED
@@ -69,3 +69,28 @@ def test_percentiles_agree_with_the_standard_library(values: list[float]) -> Non
     for percent in (50, 90, 99):
         assert percentile(ordered, percent) == pytest.approx(cuts[percent - 1], rel=1e-9, abs=1e-9)
     assert spread(values)["p50"] == pytest.approx(statistics.median(values))
+
+
+@pytest.mark.parametrize(
+    ("points", "found"),
+    [
+        ([], None),
+        ([(1, 0.89), (2, 1.0)], None),
+        ([(1, 1.0), (2, 0.95)], 2),
+        ([(1, 1.0), (4, 0.8)], 2),
+        ([(4, 0.8), (1, 1.0)], 2),
+        ([(1, 0.9), (4, 0.8), (8, 1.0)], 1),
+        ([(1, 1.0), (2, 0.9), (4, 0.9), (8, 0.0)], 4),
+    ],
+)
+def test_the_rate_up_to_which_a_share_is_attained(points: list[tuple[float, float]], found: float | None) -> None:
+    assert rate_at(points) == (None if found is None else pytest.approx(found))
+
+
+@given(points=st.lists(st.tuples(st.floats(0.01, 1e4), st.floats(0, 1)), max_size=9, unique_by=lambda point: point[0]))
+def test_that_rate_lies_between_measured_ones(points: list[tuple[float, float]]) -> None:
+    found = rate_at(points)
+    if found is not None:
+        met = [rate for rate, attained in points if attained >= 0.9]
+        assert min(rate for rate, _ in points) <= found * (1 + 1e-9)
+        assert any(rate <= found * (1 + 1e-9) for rate in met)
