@@ -25,7 +25,8 @@ from kvtransfer.spans import coalesce
 from kvtransfer.tcp_wire import HANDSHAKE_S, Security, Wire, introduce, tune
 
 PART_BYTES_MAX = 32 * 2**20  # of one request; with 8 MiB the source spends half as much processor time again on requests
-SHARE_BYTES_MIN = 2**20  # a second connection for less does not pay for waking its thread
+SHARE_BYTES_MIN = 16 * 2**20  # a second connection for less does not pay for waking its thread
+DECODED_SHARE_BYTES_MIN = 2**20  # but where the bytes are worth a second processor
 DIGEST_SPAN_BYTES = 2**20  # received, then digested while still in the core's cache
 AHEAD = 2  # requests on their way at a time, so that the source never waits for the next one
 
@@ -64,7 +65,7 @@ class Job:
         self.error: TransferError | None = None
         """The first one; what follows it are its consequences."""
         size_bytes = len(records) * int(dest.shape[1])
-        self.num_lanes = max(1, min(lanes_max, size_bytes // SHARE_BYTES_MIN))
+        self.num_lanes = max(1, min(lanes_max, size_bytes // (DECODED_SHARE_BYTES_MIN if codec else SHARE_BYTES_MIN)))
         rounds = max(1, -(-size_bytes // (PART_BYTES_MAX * self.num_lanes)))
         size = max(1, min(frames.BLOCKS_MAX, -(-len(records) // (rounds * self.num_lanes))))
         starts = range(0, max(1, len(records)), size)
@@ -186,9 +187,13 @@ class Lane:
 
     def _receive_plain(self, wire: Wire, job: Job, part: Part) -> DigestMismatchError | None:
         corrupted: DigestMismatchError | None = None
+        behind = len(part.records) * int(job.dest.shape[1]) + len(self._trailer)
         for span, last in _spans(part, DIGEST_SPAN_BYTES if job.digest else PART_BYTES_MAX, job.dest):
             views = _views(job.dest, span.dest_blocks)
-            wire.receive([*views, self._trailer] if last else views)  # one system call, and one waking up, for both
+            if last:
+                views.append(self._trailer)  # one system call, and one waking up, for both
+            behind -= sum(map(len, views))
+            wire.receive(views, behind)
             if job.digest and corrupted is None:
                 corrupted = _corrupted(job.dest, span)
         return corrupted

@@ -16,7 +16,7 @@ from kvtransfer.encoded import check_before, encode_blocks
 from kvtransfer.exports import Exports
 from kvtransfer.spans import coalesce
 from kvtransfer.tcp_frames import Buffer, Request
-from kvtransfer.tcp_wire import HANDSHAKE_S, Security, Wire, greet, tune
+from kvtransfer.tcp_wire import HANDSHAKE_S, Security, Wire, greet, tune, tune_local
 from kvtransfer.transport import BlocksGoneError
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ class TcpServer:
     def _serve(self, wire: Wire, sock: socket.socket, peer: str) -> None:
         try:
             tune(sock)
+            tune_local(sock)
             sock.settimeout(HANDSHAKE_S)
             greet(wire, self._exports.epoch, self._security)
             wire.set_deadlines(IDLE_S, STALL_S)

@@ -22,6 +22,9 @@ from kvtransfer.tcp_frames import Buffer, FrameError, Status
 
 HANDSHAKE_S = 5.0
 IOV_MAX = 1024
+WAKE_BYTES = 2**20  # being woken for every 64 KiB costs as much as copying them
+WAKE_BYTES_MIN = 128 * 1024  # the last bytes are read as they come
+LOCAL_QUEUE_BYTES = 512 * 1024
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
 
@@ -72,6 +75,7 @@ class Wire:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._lock = threading.Lock()
+        self._wakes_at = 1
         self._scratch = memoryview(bytearray(frames.REQUEST_BODY_BYTES_MAX))
 
     def start_tls(self, context: ssl.SSLContext, *, server_side: bool) -> None:
@@ -96,19 +100,28 @@ class Wire:
             while left:
                 left = after(left, self._sock.sendmsg(left))
 
-    def receive(self, views: Sequence[memoryview]) -> None:
-        """Fills the views. Raises ConnectionError when the stream ends before."""
+    def receive(self, views: Sequence[memoryview], behind: int = 0) -> None:
+        """Fills the views; `behind`: bytes sure to come after them. Raises ConnectionError when the stream ends before.
+
+        The kernel wakes us when there is so much to read that it pays, and must never wait for bytes that nobody sends:
+        we read up to where as many are still to come.
+        """
         if isinstance(self._sock, ssl.SSLSocket):
             for view in views:
                 self._fill(view)
             return
         left: Sequence[Buffer] = views
+        coming = sum(map(len, views)) + behind
         while left:
-            received = self._sock.recvmsg_into(left[:IOV_MAX], 0, socket.MSG_WAITALL)[0]
+            wake = min(WAKE_BYTES, coming // 2) if coming >= 2 * WAKE_BYTES_MIN else 0
+            self._wake_at(max(1, wake))
+            received = self._sock.recvmsg_into(_upto(left[:IOV_MAX], coming - wake), 0, socket.MSG_WAITALL)[0]
             left = after(left, _some(received))
+            coming -= received
 
     def read(self, size: int) -> memoryview:
         """The next `size` bytes, valid until the next call."""
+        self._wake_at(1)
         view = self._scratch[:size]
         self._fill(view)
         return view
@@ -131,10 +144,24 @@ class Wire:
         with self._lock:
             self._sock.close()
 
+    def _wake_at(self, size: int) -> None:
+        if size != self._wakes_at:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+            self._wakes_at = size
+
     def _fill(self, view: memoryview) -> None:
         flags = 0 if isinstance(self._sock, ssl.SSLSocket) else socket.MSG_WAITALL
         while view:
             view = view[_some(self._sock.recv_into(view, len(view), flags)) :]
+
+
+def _upto(buffers: Sequence[Buffer], size: int) -> Sequence[Buffer]:
+    """The first `size` bytes of `buffers`, all of them when they hold fewer."""
+    for place, buffer in enumerate(buffers):
+        if size <= len(buffer):
+            return [*buffers[:place], memoryview(buffer)[:size]]
+        size -= len(buffer)
+    return buffers
 
 
 def after(buffers: Sequence[Buffer], done: int) -> Sequence[Buffer]:
@@ -153,6 +180,18 @@ def tune(sock: socket.socket) -> None:
     for option, value in _KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+
+
+def tune_local(sock: socket.socket) -> None:
+    """Of a sender whose peer is on this machine: bytes are to be read while they are in the cache, so few of them queue, and
+    there is no network to pace them for, as BBR would."""
+    try:
+        if sock.getpeername()[0] != sock.getsockname()[0]:
+            return
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_QUEUE_BYTES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+    except OSError:  # the peer has hung up, or the system keeps its own choice: it works all the same
+        return
 
 
 def greet(wire: Wire, epoch: int, security: Security) -> None:

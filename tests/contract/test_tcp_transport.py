@@ -58,7 +58,7 @@ class TestTcp(TransportSuite):
     # -- connections -----------------------------------------------------------------------------------------------
 
     async def test_connections_are_kept_and_dropped(self):
-        async with self.pair(16, 2**20) as pair:
+        async with self.pair(16, 2**21) as pair:
             records = pair.offer(16)
             for _ in range(3):
                 await pair.pull(records, list(range(16)))

@@ -73,7 +73,7 @@ def test_noise_is_no_request(raw):
 
 @given(st.binary(max_size=60), st.sampled_from([frames.REPLY_MAGIC, frames.TRAILER_MAGIC]), u32)
 def test_noise_is_no_reply(tail, magic, seq):
-    raw = (magic + seq.to_bytes(4, "little") + tail + bytes(20))[: frames.REPLY_HEAD_BYTES]  # the worst: it begins right
+    raw = (magic + seq.to_bytes(4, "little") + tail + bytes(64))[: frames.REPLY_HEAD_BYTES]  # the worst: it begins right
     try:
         head = frames.parse_reply_head(raw, magic, seq)
     except FrameError:
@@ -147,3 +147,9 @@ def test_what_is_left_of_buffers(buffers, done):
     left = after(buffers, done)
     assert b"".join(map(bytes, left)) == whole[done:]
     assert not left or len(left[0]) > 0
+
+
+def test_blocks_begin_on_a_cache_line_of_the_stream():
+    assert (frames.GREETING_BYTES + frames.WELCOME_BYTES) % 64 == 0
+    assert len(frames.reply(1, 2)) % 64 == 0
+    assert len(frames.trailer(1, [])) % 64 == 0
