@@ -9,6 +9,8 @@ import grpc
 
 from cluster.report import ClusterSnapshot
 from cluster.wire import snapshot_from_pb
+from core.request import WorkerRole
+from core.wire import role_to_pb
 from tandem._convert import error_from_rpc
 from tandem.errors import InvalidRequestError, NotFoundError, UnavailableError
 from tandem.v1 import cluster_pb2 as pb
@@ -25,6 +27,14 @@ def status(address: str) -> ClusterSnapshot:
 def drain(address: str, target: str, deadline_s: float) -> str:
     request = pb.DrainRequest(target=target, deadline_s=deadline_s)
     answer = _ask(address, lambda stub: stub.Drain(request, timeout=TIMEOUT_S))
+    if not answer.found:
+        raise NotFoundError(answer.detail)
+    return str(answer.detail)
+
+
+def set_role(address: str, target: str, role: WorkerRole) -> str:
+    request = pb.SetRoleRequest(target=target, role=role_to_pb(role))
+    answer = _ask(address, lambda stub: stub.SetRole(request, timeout=TIMEOUT_S))
     if not answer.found:
         raise NotFoundError(answer.detail)
     return str(answer.detail)

@@ -9,10 +9,12 @@ from cli.drain import drain
 from cli.explain import explain
 from cli.generate import generate
 from cli.kv import kv
+from cli.profile import profile
+from cli.role import role
 from cli.status import status
 from cli.up import up
 
-for verb in (up, down, status, generate, explain, bench, drain):
+for verb in (up, down, status, generate, explain, bench, profile, drain, role):
     app.command()(verb)
 app.add_typer(kv, name="kv")
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from typing import NamedTuple
 
 from cluster.host import Ended
 from cluster.launcher import Handle, Launcher
@@ -56,6 +57,13 @@ def suspect_after_s(cluster: ClusterConfig) -> float:
     return min(max(early, 1.5 * cluster.heartbeat_s), cluster.dead_after_s)
 
 
+class Orders(NamedTuple):
+    """To a worker, in answer to its report; None: nothing."""
+
+    drain_s: float | None = None
+    role: WorkerRole | None = None
+
+
 class Controller:
     """Owns membership, reconciler and the handles of what runs. All methods on one asyncio loop.
 
@@ -88,8 +96,8 @@ class Controller:
 
     # ---- what the service calls ----------------------------------------------------------------------------------
 
-    def reported(self, report: WorkerReport) -> float | None:
-        """Takes a report in; the seconds left to a worker that shall drain, else None. Raises StaleEpochError."""
+    def reported(self, report: WorkerReport) -> Orders:
+        """Takes a report in; what the worker is to do. Raises StaleEpochError."""
         now = self._clock.now()
         if self._membership.report(report, now) and report.state is WorkerState.READY:
             self._keep_address(report)
@@ -100,7 +108,23 @@ class Controller:
             self._wake.set()
         self._announce()
         deadline = self._drains.get((report.worker_id, report.epoch))
-        return None if deadline is None else max(0.0, deadline - now)
+        role = self._reconciler.role_of(report.worker_id, report.epoch)
+        return Orders(
+            None if deadline is None else max(0.0, deadline - now),
+            None if role is report.role else role,
+        )
+
+    def set_role(self, target: str, role: WorkerRole) -> str:
+        """Has a ready worker play `role`; what it holds it keeps. Raises NotFoundError, ConfigError."""
+        report = self.snapshot().find(target)
+        if report is None:
+            raise NotFoundError(f"no worker {target}; `tandem status` lists them")
+        if report.role is role:
+            return f"{target} is a {role.value} worker already"
+        if refusal := self._reconciler.set_role(target, role):
+            raise ConfigError(refusal)
+        log.info("%s is to play %s instead of %s", target, role.value, report.role.value)
+        return f"{target} plays {role.value} within {self._config.cluster.heartbeat_s:g} s and keeps what it holds"
 
     def drain(self, target: str, deadline_s: float) -> str:
         """Asks one worker to finish within `deadline_s` and starts its successor. Raises NotFoundError, ConfigError."""

@@ -38,18 +38,14 @@ class Ended(NamedTuple):
 
 def entry_of(role: WorkerRole) -> Entry:
     """What runs in a host of this role. Imported late: routers and stores never load torch."""
-    if role is WorkerRole.PREFILL:
-        from prefill_worker import main as prefill
+    if role in (WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED):
+        from cluster import serving_worker
 
-        return prefill.run
-    if role in (WorkerRole.DECODE, WorkerRole.COLOCATED):
-        from decode_worker import main as decode
-
-        return decode.run
+        return serving_worker.run
     if role is WorkerRole.ROUTER:
-        from router import main as router
+        from cluster.shared_totals import run_router
 
-        return router.run
+        return run_router
     if role is WorkerRole.STORE:
         from kvtransfer import main as store
 

@@ -62,6 +62,9 @@ class RestartPolicy:
     """A worker ready for this long is replaced at once when it dies; a shorter life counts as another failure."""
 
 
+POOL_ROLES = frozenset({WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED})
+
+
 class Phase(Enum):
     WAITING = "waiting"
     STARTING = "starting"
@@ -153,6 +156,28 @@ class Reconciler:
             return False
         slot.phase, slot.deadline, slot.removed = Phase.DRAINING, deadline, True
         return True
+
+    def set_role(self, worker_id: str, role: WorkerRole) -> str:
+        """One worker more of that role and one less of its own are desired from now on. Why not, or an empty text."""
+        slot = self.slots.get(worker_id)
+        if slot is None or slot.phase is not Phase.READY or slot.removed:
+            return f"{worker_id} is not ready; only a ready worker can play another role"
+        if not {role, slot.role} <= POOL_ROLES:
+            return f"{worker_id} is a {slot.role.value}; only prefill, decode and colocated workers change their roles"
+        desired = dict(self.desired)
+        if not desired.get(slot.role):
+            return f"{worker_id} is no longer wanted as {slot.role.value}; it is about to end"
+        desired[slot.role] -= 1
+        desired[role] = desired.get(role, 0) + 1
+        if bool(desired.get(WorkerRole.PREFILL)) != bool(desired.get(WorkerRole.DECODE)):
+            return f"{worker_id} stays {slot.role.value}: split pools need at least one prefill and one decode worker"
+        self.desired, slot.role = desired, role
+        return ""
+
+    def role_of(self, worker_id: str, epoch: int) -> WorkerRole | None:
+        """What that incarnation is to play."""
+        slot = self._current(worker_id, epoch)
+        return slot.role if slot is not None else None
 
     def drained(self, worker_id: str, epoch: int, now: float) -> None:
         """Nothing runs on it any more."""

@@ -8,14 +8,16 @@ from typing import Any
 
 import grpc
 
-from cluster.controller import Controller
+from cluster.controller import Controller, Orders
 from cluster.wire import snapshot_to_pb
 from core.errors import ConfigError, InvalidRequestError, NotFoundError, StaleEpochError
 from core.report_wire import report_from_pb
 from core.service import Registration
+from core.wire import role_from_pb, role_to_pb
 from tandem.v1 import cluster_pb2 as pb
 from tandem.v1 import cluster_pb2_grpc as pb_grpc
 
+NOTHING = Orders()
 WATCH_GAP_S = 0.02
 """Changes closer together than this reach a watcher as one snapshot."""
 
@@ -33,13 +35,14 @@ class ClusterServicer(pb_grpc.ClusterServicer):
     ) -> AsyncIterator[pb.ReportReply]:
         async for message in requests:
             try:
-                drain_s = self._controller.reported(report_from_pb(message))
+                orders = self._controller.reported(report_from_pb(message))
             except StaleEpochError as error:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             except InvalidRequestError as error:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            if drain_s is not None:
-                yield pb.ReportReply(drain=True, drain_deadline_s=drain_s)
+            if orders != NOTHING:
+                role = role_to_pb(orders.role) if orders.role is not None else None
+                yield pb.ReportReply(drain=orders.drain_s is not None, drain_deadline_s=orders.drain_s or 0.0, role=role)
 
     async def Watch(
         self, request: pb.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -62,6 +65,17 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         except ConfigError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             raise  # unreachable: abort raises
+
+    async def SetRole(self, request: pb.SetRoleRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.SetRoleResponse:
+        try:
+            return pb.SetRoleResponse(found=True, detail=self._controller.set_role(request.target, role_from_pb(request.role)))
+        except NotFoundError as error:
+            return pb.SetRoleResponse(found=False, detail=str(error))
+        except InvalidRequestError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        raise AssertionError("abort raises")
 
     async def Shutdown(self, request: pb.ShutdownRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ShutdownResponse:
         self._on_shutdown()

@@ -18,7 +18,9 @@ import grpc
 from core.hostspec import HostSpec
 from core.report import WorkerReport
 from core.report_wire import report_to_pb
+from core.request import WorkerRole
 from core.service import KEEPALIVE_OPTIONS
+from core.wire import role_from_pb
 from tandem.cancelling import heed_cancellation
 from tandem.v1 import cluster_pb2 as pb
 from tandem.v1 import cluster_pb2_grpc
@@ -39,13 +41,21 @@ def first_report(spec: HostSpec) -> WorkerReport:
 class Reporter:
     """Reports what `report()` says, numbered, until cancelled. `changed()` has it looked at now instead of a little later.
 
-    `on_drain(deadline_s)` is called once per order to drain, on the asyncio thread.
+    `on_drain(deadline_s)` is called once per order to drain, `on_role(role)` until the reports name that role; on the
+    asyncio thread.
     """
 
-    def __init__(self, spec: HostSpec, report: Callable[[], WorkerReport], on_drain: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        spec: HostSpec,
+        report: Callable[[], WorkerReport],
+        on_drain: Callable[[float], None],
+        on_role: Callable[[WorkerRole], None] = lambda role: None,
+    ) -> None:
         self._spec = spec
         self._now = report
         self._on_drain = on_drain
+        self._on_role = on_role
         self._heartbeat_s = spec.config.cluster.heartbeat_s
         self._sequence = 0
         self._changed = asyncio.Event()
@@ -77,6 +87,8 @@ class Reporter:
                     if reply.drain and not self._drain_ordered:
                         self._drain_ordered = True
                         self._on_drain(reply.drain_deadline_s)
+                    if reply.role:
+                        self._on_role(role_from_pb(reply.role))
             finally:
                 call.cancel()
 

@@ -1,37 +1,32 @@
-"""Wires a decode worker, or a colocated one: the engine with its role, the puller of hand-offs, the Decode service."""
+"""What makes a worker a decode worker, or a colocated one: reservations, the pulls that fill them, the Decode service."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from prometheus_client.core import Metric
 
-from core.hostspec import HostSpec
-from core.request import WorkerRole
 from core.service import Registration
 from core.telemetry import histogram_family
 from decode_worker.ingest import Ingests
-from decode_worker.role import DecodeRole
 from decode_worker.service import DecodeHandler
 from engine.output import StepOutput
 from kvtransfer.codec import LOSSY
 from kvtransfer.puller import Puller
 from tandem.v1 import decode_pb2_grpc
 from worker.collectors import counters, gauge
-from worker.colocated import ColocatedRole
 from worker.kv_plane import KvPlane
 from worker.session import SessionServicer
-from worker.shell import Base, WorkerInfo, WorkerKind, run_worker
+from worker.shell import Base
 
 
 class DecodeParts:
-    """What makes a worker a decode worker: reservations, and the pulls that fill them."""
+    """Shares engine, links and `kv` with whatever else the worker does."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, kv: KvPlane) -> None:
         spec, node, clock = base.spec, base.node, base.clock
         config = spec.config
-        self._kv = KvPlane(base)
+        self._kv = kv
         self._puller = Puller(
             node.layout,
             node.inventory,
@@ -56,22 +51,17 @@ class DecodeParts:
         self._ingests.bind(self.handler)
 
     def registrations(self, session: SessionServicer) -> list[Registration]:
-        mine = Registration("tandem.v1.Decode", decode_pb2_grpc.add_DecodeServicer_to_server, session)
-        return [mine, *self._kv.registrations()]
-
-    def started(self) -> None:
-        self._kv.started()
+        return [Registration("tandem.v1.Decode", decode_pb2_grpc.add_DecodeServicer_to_server, session)]
 
     def on_step(self, output: StepOutput, started: float) -> None:
         self.handler.on_step(output, started)
-        self._kv.on_step(output)
 
     def tick(self) -> None:
         self._ingests.expire()
-        self._kv.tick()
 
     def pending(self) -> int:
-        return len(self._ingests) + len(self._kv.arrivals)
+        """Hand-offs that the engine does not know yet."""
+        return len(self._ingests)
 
     def collect(self) -> Iterable[Metric]:
         transfers = self.handler.transfers
@@ -87,18 +77,7 @@ class DecodeParts:
         yield histogram_family("tandem_kv_transfer_bytes", "Bytes moved per hand-off.", [(transfers.bytes, {})])
         failures = [((code,), count) for code, count in self._puller.stats.failures.items()]
         yield counters("tandem_kv_transfer_failures_total", "Hand-offs that failed, by error code.", ("code",), failures)
-        yield from self._kv.collect()
 
     async def close(self) -> None:
         await self._ingests.close()
         await self._puller.close()
-        await self._kv.close()
-
-
-DECODE = WorkerKind(role=lambda config: DecodeRole(), assemble=DecodeParts)
-COLOCATED = WorkerKind(role=lambda config: ColocatedRole(), assemble=DecodeParts)
-
-
-async def run(spec: HostSpec, stop: asyncio.Event, on_ready: Callable[[WorkerInfo], None] | None = None) -> None:
-    """Runs a decode or colocated worker until `stop` is set; see `worker.shell.run_worker`."""
-    await run_worker(spec, stop, COLOCATED if spec.role is WorkerRole.COLOCATED else DECODE, on_ready)

@@ -15,11 +15,14 @@ from core.telemetry import TRANSFER_BYTES, TRANSFER_SECONDS, Histogram
 from decode_worker.ingest import Ingests
 from engine.loop import StepLoop
 from engine.output import StepOutput
+from engine.role import Terms
 from kvtransfer.puller import IngestResult
 from worker.bridge import EngineThread
 from worker.kv_plane import KvPlane
 from worker.links import RouterLinks
 from worker.messages import GenerateLocal, Joined, OpenHandoff, Opening, PrefillDone, Reserve, Reserved
+
+STAYS = Terms(hand_over=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +174,10 @@ class DecodeHandler:
 
 
 def _submit(item: WorkItem, loop: StepLoop, now: float) -> None:
-    loop.submit(item, now)
+    loop.submit(item, now, terms=STAYS)
 
 
 def _submit_landed(
     item: WorkItem, blocks: list[int], computed_len: int, root: BlockKey | None, loop: StepLoop, now: float
 ) -> None:
-    loop.submit(item, now, blocks, computed_len, root)
+    loop.submit(item, now, blocks, computed_len, root, STAYS)

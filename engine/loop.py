@@ -91,18 +91,20 @@ class StepLoop:
         blocks: Seq[int] | None = None,
         computed_len: int = 0,
         root: BlockKey | None = None,
+        terms: Terms | None = None,
     ) -> None:
         """Takes a request in, to wait for memory and a place in the batch.
 
         With `blocks`, KV is handed in: one reference on each moves from the caller to the loop, in order of index; the
         first `computed_len` tokens of the item have KV in them, and at least one token has not. `root`: the parent of the
         item's keys when that KV is not what this model computes, as after a lossy codec; the full blocks handed in are
-        committed already then, and what is computed on top of them goes under keys of that chain. Nothing is taken over
-        when this raises InvalidRequestError (it can never be served here) or OverloadedError (too many wait).
+        committed already then, and what is computed on top of them goes under keys of that chain. `terms`: those it was
+        sent on, where they are not what the role of this moment would say; workers change roles. Nothing is taken over when
+        this raises InvalidRequestError (it can never be served here) or OverloadedError (too many wait).
         """
         if item.key in self._sequences:
             raise InvalidRequestError(f"{item.key} is already here; a new placement needs a higher attempt")
-        terms = self.role.enter(item, blocks is not None)
+        terms = terms or self.role.enter(item, blocks is not None)
         self._check_fits(item, terms)
         if blocks is None and len(self._scheduler.waiting) >= self._config.max_waiting:
             raise OverloadedError(

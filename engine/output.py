@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from core.blocks import BlockRecord, Closing
@@ -83,3 +84,19 @@ class StepOutput:
     failed: tuple[Failed, ...] = ()
     num_tokens: int = 0
     shape: StepShape = NO_SHAPE
+
+    def parted(self, apart: Container[AttemptKey]) -> tuple[StepOutput, StepOutput]:
+        """What concerns the attempts in `apart`, and the rest, with which the counts stay."""
+
+        def of(wanted: bool) -> StepOutput:
+            return StepOutput(
+                tuple(t for t in self.tokens if (t.key in apart) is wanted),
+                tuple(c for c in self.committed if (c.key in apart) is wanted),
+                tuple(p for p in self.prefilled if (p.key in apart) is wanted),
+                tuple(key for key in self.joined if (key in apart) is wanted),
+                tuple(key for key in self.left if (key in apart) is wanted),
+                tuple(g for g in self.given_back if (g.key in apart) is wanted),
+                tuple(f for f in self.failed if (f.key in apart) is wanted),
+            )
+
+        return of(True), replace(of(False), num_tokens=self.num_tokens, shape=self.shape)

@@ -8,6 +8,7 @@ from core.blocks import KvLayout, KvTicket
 from core.errors import InvalidRequestError, TandemError
 from core.request import AttemptKey, WorkItem
 from engine.loop import StepLoop
+from engine.role import Terms
 from prefill_worker.publish import Publisher
 from worker.bridge import EngineThread
 from worker.kv_plane import KvPlane
@@ -28,6 +29,7 @@ class PrefillHandler:
         lease_s: float,
         codec: str,
     ) -> None:
+        self._terms = Terms(hand_over=True, lease_s=lease_s)
         self._engine = engine
         self._links = links
         self._kv = kv
@@ -54,7 +56,7 @@ class PrefillHandler:
         self._engine.cancel(key)
 
     def _enter(self, item: WorkItem) -> None:
-        self._engine.call(partial(_submit, item), partial(self._admitted, item.key))
+        self._engine.call(partial(_submit, item, self._terms), partial(self._admitted, item.key))
 
     def _admitted(self, key: AttemptKey, error: TandemError | None) -> None:
         """The engine took it (its first step may be running already) or refused it."""
@@ -65,5 +67,5 @@ class PrefillHandler:
         self.cancel(key)
 
 
-def _submit(item: WorkItem, loop: StepLoop, now: float) -> None:
-    loop.submit(item, now)
+def _submit(item: WorkItem, terms: Terms, loop: StepLoop, now: float) -> None:
+    loop.submit(item, now, terms=terms)

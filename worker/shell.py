@@ -9,16 +9,18 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from prometheus_client.core import Metric
 
 from core.clock import Clock, SystemClock
 from core.config import Config
-from core.errors import UnavailableError
+from core.errors import OverloadedError, UnavailableError
 from core.hostspec import HostSpec
 from core.report import WorkerReport, WorkerState
 from core.reporter import Reporter, first_report
+from core.request import WorkerRole
 from core.service import GrpcServer, Registration, serve
 from core.telemetry import MetricsServer
 from engine.loop import StepLoop
@@ -34,7 +36,7 @@ from worker.session import Handler, SessionServicer
 
 log = logging.getLogger(__name__)
 
-TICK_S = 1.0
+TICK_S = 0.5
 ENGINE_STOP_S = 5.0
 SERVER_GRACE_S = 0.5
 # The engine thread gives the interpreter up in every tensor operation and must get it back quickly; asyncio's turns are
@@ -94,7 +96,7 @@ class Parts(Protocol):
 
 
 class WorkerKind(NamedTuple):
-    role: Callable[[Config], Role]
+    role: Callable[[Config, WorkerRole], Role]
     assemble: Callable[[Base], Parts]
 
 
@@ -130,7 +132,8 @@ class _Shell:
         self._draining = asyncio.Event()
         self._server: GrpcServer | None = None
         self._poke: Callable[[], None] = lambda: None
-        self.reporter = Reporter(spec, lambda: self._measure(self._said), self._on_drain)
+        self.reporter = Reporter(spec, lambda: self._measure(self._said), self._on_drain, self._on_role)
+        self._engine: EngineThread | None = None
 
     async def load(self) -> Node:
         """Builds the node in a thread of its own. Cancelled, it stops that thread and leaves nothing of what it built."""
@@ -155,8 +158,16 @@ class _Shell:
     async def serve(self, node: Node, stop: asyncio.Event, on_ready: Callable[[WorkerInfo], None] | None) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         config, links = self._spec.config, RouterLinks(self._clock)
-        loop = StepLoop(config.engine, self._kind.role(config), node.inventory, node.executor, node.root_key, self._clock.now)
+        loop = StepLoop(
+            config.engine,
+            self._kind.role(config, self._said.role),
+            node.inventory,
+            node.executor,
+            node.root_key,
+            self._clock.now,
+        )
         engine = EngineThread(loop, self._clock)
+        self._engine = engine
         base = Base(self._spec, node, engine, links, self._clock, self._said.host_id, self._grpc_address)
         parts = self._kind.assemble(base)
         links.bind(parts.handler.cancel)
@@ -250,9 +261,26 @@ class _Shell:
         log.info("draining: no new attempts; the controller gives %g s", deadline_s)
         self._draining.set()
 
+    def _on_role(self, role: WorkerRole) -> None:
+        """Takes effect between two steps. While it still loads, the next report asks for the order again."""
+        engine, now = self._engine, self._said.role
+        if engine is None or role is now or self._said.state is not WorkerState.READY:
+            return
+        log.info("role: %s from now on, %s until now", role.value, now.value)
+        try:
+            engine.call(partial(_play, self._kind.role(self._spec.config, role)), lambda error: None)
+        except OverloadedError as error:
+            log.warning("the role stays %s for now: %s", now.value, error.message)
+            return
+        self._say({"role": role})
+
     def _say(self, changes: dict[str, object]) -> None:
         self._said = replace(self._said, **changes)  # type: ignore[arg-type]
         self.reporter.changed()
+
+
+def _play(role: Role, loop: StepLoop, now: float) -> None:
+    loop.role = role
 
 
 def _measured(report: WorkerReport, base: Base, parts: Parts) -> WorkerReport:

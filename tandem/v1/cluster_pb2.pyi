@@ -114,12 +114,14 @@ class ModelInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., path: _Optional[str] = ...) -> None: ...
 
 class ReportReply(_message.Message):
-    __slots__ = ("drain", "drain_deadline_s")
+    __slots__ = ("drain", "drain_deadline_s", "role")
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     DRAIN_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     drain: bool
     drain_deadline_s: float
-    def __init__(self, drain: _Optional[bool] = ..., drain_deadline_s: _Optional[float] = ...) -> None: ...
+    role: _common_pb2.WorkerRole
+    def __init__(self, drain: _Optional[bool] = ..., drain_deadline_s: _Optional[float] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("watcher_id",)
@@ -154,6 +156,22 @@ class DrainRequest(_message.Message):
     def __init__(self, target: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
+    __slots__ = ("found", "detail")
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    found: bool
+    detail: str
+    def __init__(self, found: _Optional[bool] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class SetRoleRequest(_message.Message):
+    __slots__ = ("target", "role")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    role: _common_pb2.WorkerRole
+    def __init__(self, target: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ...) -> None: ...
+
+class SetRoleResponse(_message.Message):
     __slots__ = ("found", "detail")
     FOUND_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]

@@ -54,6 +54,11 @@ class ClusterStub:
                 request_serializer=tandem_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/tandem.v1.Cluster/SetRole',
+                request_serializer=tandem_dot_v1_dot_cluster__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_cluster__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/tandem.v1.Cluster/Shutdown',
                 request_serializer=tandem_dot_v1_dot_cluster__pb2.ShutdownRequest.SerializeToString,
@@ -90,6 +95,13 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """Has a running worker play another role; it drops nothing that it holds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Shutdown(self, request, context):
         """Ends the whole cluster as SIGTERM would: answered at once, running requests get the configured grace time.
         """
@@ -119,6 +131,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=tandem_dot_v1_dot_cluster__pb2.DrainRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_cluster__pb2.DrainResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=tandem_dot_v1_dot_cluster__pb2.SetRoleRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_cluster__pb2.SetRoleResponse.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -234,6 +251,33 @@ class Cluster:
             '/tandem.v1.Cluster/Drain',
             tandem_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
             tandem_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.Cluster/SetRole',
+            tandem_dot_v1_dot_cluster__pb2.SetRoleRequest.SerializeToString,
+            tandem_dot_v1_dot_cluster__pb2.SetRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

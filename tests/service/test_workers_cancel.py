@@ -9,12 +9,12 @@ import pytest
 from tiny_llama import tiny_llama
 from worker_harness import DEADLINE_S, NOBODY, RunningWorker, TestRouter, again, connected, item, running, until
 
+from cluster.serving_worker import run
 from core.config import load
 from core.errors import InternalError
 from core.hostspec import HostSpec
 from core.request import AttemptKey, WorkerRole
 from core.wire import item_to_pb, key_to_pb
-from decode_worker.main import run as run_decode
 from tandem.v1 import common_pb2 as pb
 from worker import shell
 
@@ -262,7 +262,7 @@ async def test_a_worker_told_to_go_while_it_loads_leaves_no_file(tmp_path):
     spec = HostSpec("hasty", COLOCATED, 1, config, controller=NOBODY)
     for share in (0.0, 0.5, 0.9):
         reached = asyncio.Event()
-        task = asyncio.create_task(run_decode(spec, asyncio.Event()), name="hasty")
+        task = asyncio.create_task(run(spec, asyncio.Event()), name="hasty")
         with watching(share, reached):
             async with asyncio.timeout(DEADLINE_S):
                 await reached.wait()

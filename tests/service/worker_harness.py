@@ -13,13 +13,12 @@ import grpc
 from tiny_llama import tiny_llama
 
 import worker.shell as shell_module
+from cluster.serving_worker import run
 from core.config import load
 from core.hostspec import HostSpec
 from core.inventory import Inventory
 from core.request import AttemptKey, WorkerRole, WorkItem
 from core.wire import item_to_pb, key_to_pb
-from decode_worker.main import run as run_decode
-from prefill_worker.main import run as run_prefill
 from tandem.sampling import SamplingParams
 from tandem.v1 import common_pb2 as pb
 from tandem.v1 import decode_pb2_grpc, prefill_pb2_grpc
@@ -29,7 +28,6 @@ from worker.shell import WorkerInfo
 EPOCH = 7
 DEADLINE_S = 20.0
 NOBODY = "127.0.0.1:1"  # a controller that is not there: workers must not care
-_RUN = {WorkerRole.PREFILL: run_prefill, WorkerRole.DECODE: run_decode, WorkerRole.COLOCATED: run_decode}
 
 
 async def until(check: Callable[[], object]) -> None:
@@ -90,7 +88,7 @@ async def running(role: WorkerRole, name: str = "", controller: str = NOBODY, **
 
     shell_module.build_node = keeping
     try:
-        task = asyncio.create_task(_RUN[role](spec, stop, ready.set_result), name=spec.worker_id)
+        task = asyncio.create_task(run(spec, stop, ready.set_result), name=spec.worker_id)
         await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED, timeout=DEADLINE_S)
     finally:
         shell_module.build_node = build

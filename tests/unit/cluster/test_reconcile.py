@@ -162,6 +162,43 @@ def test_scaling_down_ends_the_youngest_and_up_fills_gaps() -> None:
     assert reconciler.plan(2.0) == [Forget("decode-1"), Launch("decode-1", D, 2)]
 
 
+C, S = WorkerRole.COLOCATED, WorkerRole.STORE
+
+
+def test_a_worker_that_changes_its_role_is_neither_doubled_nor_ended() -> None:
+    reconciler = up({R: 1, P: 2, D: 1})
+    assert reconciler.set_role("prefill-1", D) == ""
+    assert reconciler.role_of("prefill-1", 1) is D
+    assert reconciler.plan(1.0) == []
+    assert reconciler.desired == {R: 1, P: 1, D: 2}
+    reconciler.ended("prefill-1", 1, "killed", False, now=2.0)
+    assert reconciler.plan(2.0) == [Launch("prefill-1", D, 2)], "its successor plays what it played"
+
+
+@pytest.mark.parametrize(
+    ("desired", "target", "role", "why"),
+    [
+        ({R: 1, P: 1, D: 1}, "prefill-0", D, "at least one prefill"),
+        ({R: 1, P: 1, D: 1}, "decode-0", C, "at least one prefill"),
+        ({R: 1, C: 2}, "colocated-1", D, "at least one prefill"),
+        ({R: 1, P: 2, D: 1}, "router-0", D, "only prefill, decode and colocated"),
+        ({R: 1, P: 2, D: 1, S: 1}, "prefill-0", S, "only prefill, decode and colocated"),
+        ({R: 1, P: 2, D: 1}, "prefill-7", D, "not ready"),
+    ],
+)
+def test_a_change_of_role_that_would_leave_nobody_to_serve_is_refused(desired, target, role, why) -> None:
+    reconciler = up(dict(desired))
+    assert why in reconciler.set_role(target, role)
+    assert reconciler.desired == desired
+    assert reconciler.plan(1.0) == []
+
+
+def test_a_worker_that_drains_changes_no_role() -> None:
+    reconciler = up({R: 1, P: 2, D: 1})
+    assert reconciler.drain("prefill-1", 10.0)
+    assert "not ready" in reconciler.set_role("prefill-1", D)
+
+
 class World(RuleBasedStateMachine):
     """Carries out commands like a driver with an arbitrary world, and checks what must hold whatever happens."""
 
@@ -213,6 +250,15 @@ class World(RuleBasedStateMachine):
     @rule(role=st.sampled_from([P, D]), count=st.integers(0, 3))
     def scale(self, role: WorkerRole, count: int) -> None:
         self.reconciler.desired[role] = count
+
+    @rule(pick=st.integers(0, 9), role=st.sampled_from([P, D, WorkerRole.COLOCATED]))
+    def set_role(self, pick: int, role: WorkerRole) -> None:
+        names = sorted(self.reconciler.slots)
+        before = sum(self.reconciler.desired.values())
+        if names:
+            self.reconciler.set_role(names[pick % len(names)], role)
+        assert sum(self.reconciler.desired.values()) == before
+        assert min(self.reconciler.desired.values()) >= 0
 
     @invariant()
     def there_is_always_a_way_forward(self) -> None:
