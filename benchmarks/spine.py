@@ -17,6 +17,7 @@ import asyncio
 import itertools
 import random
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -81,9 +82,9 @@ def split_against_colocated(requests: int) -> list[Row]:
             ask(client, next(source), Side())  # warm up
         for prompt in itertools.islice(source, requests):
             for client, side in sides:
-                time.sleep(PAUSE_S)
+                threading.Event().wait(PAUSE_S)
                 ask(client, prompt, side)
-            time.sleep(PAUSE_S)
+            threading.Event().wait(PAUSE_S)
             direct_s.append(worker.added_s(next(source)))
         for client, _ in sides:
             client.close()
