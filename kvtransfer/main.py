@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 SERVER_GRACE_S = 0.5
-REPLICATE_EVERY_S = 5.0
+REPLICATE_EVERY_S = 5.0  # at most; four times in a window
 READERS_GRACE_S = 1.0  # of a store that ends: readers have other sources, and the disk wants its time too
 
 
@@ -73,14 +73,15 @@ class _Store:
         config = self._spec.config
         directory = open_directory(config.store, config.redis, self._spec.controller)
         announcer = StoreAnnouncer(self._node, directory, config.store.directory_ttl_s, self._clock)
+        replicas = self._replicas(directory)
         try:
-            async with self._listening(announcer) as (server, metrics):
+            async with self._listening(announcer, replicas) as (server, metrics):
                 await self._node.start()
                 self._say(WorkerState.READY)
                 if on_ready is not None:
                     on_ready(StoreInfo(self._spec.worker_id, server.address, metrics.address))
                 async with (
-                    _running(self._replicate(directory), "replicate"),
+                    _running(self._replicate(replicas), "replicate"),
                     _running(announcer.run(), "announce"),
                     _running(self._tick(), "tick"),
                     _running(self._drain(), "drain"),
@@ -94,12 +95,14 @@ class _Store:
             await self._node.close()
 
     @contextlib.asynccontextmanager
-    async def _listening(self, announcer: StoreAnnouncer) -> AsyncIterator[tuple[GrpcServer, MetricsServer]]:
+    async def _listening(
+        self, announcer: StoreAnnouncer, replicas: Replicas | None
+    ) -> AsyncIterator[tuple[GrpcServer, MetricsServer]]:
         spec = self._spec
         metrics_address = f"{spec.listen.rpartition(':')[0]}:0"
         servicer = StoreServicer(self._node, self._feed)
         async with (
-            MetricsServer(metrics_address, (StoreMetrics(self._node, announcer),)) as metrics,
+            MetricsServer(metrics_address, (StoreMetrics(self._node, announcer, replicas),)) as metrics,
             serve(
                 spec.listen,
                 Registration("tandem.v1.Kv", kv_pb2_grpc.add_KvServicer_to_server, servicer),
@@ -109,14 +112,18 @@ class _Store:
             self._server, self._metrics = server, metrics
             yield server, metrics
 
-    async def _replicate(self, directory: Directory) -> None:
+    def _replicas(self, directory: Directory) -> Replicas | None:
         """Only when asked for: a cluster of one host has nobody to copy to."""
-        hits = self._spec.config.store.replicate_hits
-        if not hits:
+        store = self._spec.config.store
+        if not store.replicate_hits:
+            return None
+        return Replicas(self._node, directory, store.replicate_hits, store.replicate_window_s, self._clock, self._host_id)
+
+    async def _replicate(self, replicas: Replicas | None) -> None:
+        if replicas is None:
             return
-        replicas = Replicas(self._node, directory, hits, self._clock, self._host_id)
         try:
-            await replicas.run(REPLICATE_EVERY_S)
+            await replicas.run(min(REPLICATE_EVERY_S, self._spec.config.store.replicate_window_s / 4))
         finally:
             await replicas.close()
 

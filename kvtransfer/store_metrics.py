@@ -14,6 +14,7 @@ from kvtransfer.kv_node import TierStat
 from kvtransfer.store_announcer import StoreAnnouncer
 from kvtransfer.store_node import StoreNode
 from kvtransfer.store_plane import StorePlane
+from kvtransfer.store_replicas import Replicas
 
 NOTHING = (TierStat(Tier.DRAM, 0, 0, 0, 0, 0, 0, 0),)  # before there is a block: what is watched has to exist
 
@@ -21,8 +22,9 @@ NOTHING = (TierStat(Tier.DRAM, 0, 0, 0, 0, 0, 0, 0),)  # before there is a block
 class StoreMetrics:
     """Of a store node: what it holds, what came in, what was asked for. Lookups are counted by tier: hit ratios follow."""
 
-    def __init__(self, store: StoreNode, announcer: StoreAnnouncer) -> None:
+    def __init__(self, store: StoreNode, announcer: StoreAnnouncer, replicas: Replicas | None = None) -> None:
         self._store = store
+        self._replicas = replicas
         self._announcer = announcer
 
     def collect(self) -> Iterable[Metric]:
@@ -37,6 +39,10 @@ class StoreMetrics:
         )
         off = int(plane is not None and bool(plane.disk.off))
         yield gauge("tandem_kv_store_disk_off", "1 when a disk was configured and cannot be used.", off)
+        copies = self._replicas
+        yield gauge("tandem_kv_replicas", "Copies kept here of blocks of other hosts.", copies.kept if copies else 0)
+        made = [(("made",), copies.made if copies else 0), (("given_up",), copies.given_up if copies else 0)]
+        yield counters("tandem_kv_replicas_total", "Copies that others took, and those given up here.", ("event",), made)
         yield from _transfers(plane.fetcher.stats if plane is not None else FetchStats())
         if plane is not None:
             yield from _plane(plane)

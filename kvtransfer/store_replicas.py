@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import grpc
 
-from core.blocks import BlockKey, KvSource
+from core.blocks import BlockKey, BlockRecord, KvSource
 from core.clock import Clock
 from core.errors import TandemError
 from core.replication import Replication
@@ -35,24 +36,29 @@ LEASE_S = 12.0
 
 
 class Replicas:
-    """Beside a StoreNode, on its loop. `host_id` is that of the store."""
+    """Beside a StoreNode, on its loop. `host_id` is that of the store; `hits` and `window_s` are those of `Replication`."""
 
-    def __init__(self, store: StoreNode, directory: Directory, hits: int, clock: Clock, host_id: str) -> None:
+    def __init__(self, store: StoreNode, directory: Directory, hits: int, window_s: float, clock: Clock, host_id: str) -> None:
         self.made = 0
         """Blocks that other hosts took a copy of."""
         self.given_up = 0
         self._store = store
         self._directory = directory
-        self._hits = hits
+        self._new_counts: Callable[[], Replication] = partial(Replication, hits, window_s=window_s)
         self._clock = clock
         self._host_id = host_id
         self._nodes: dict[str, NodeRecord] = {}
         self._fetches: dict[str, Replication] = {}  # by the host that fetches
-        self._copies = Replication(hits)  # that we hold for others
+        self._copies = self._new_counts()  # that we hold for others
         self._channels = Channels()
         self._count = 0
         store.on_held = self._on_held
         store.on_taken = self._on_taken
+
+    @property
+    def kept(self) -> int:
+        """Copies that this store has of blocks of other hosts."""
+        return len(self._copies)
 
     async def run(self, every_s: float) -> None:
         """Looks every `every_s` seconds, until cancelled."""
@@ -86,7 +92,7 @@ class Replicas:
         parts = holder.request_id.split("/")
         node = self._nodes.get(parts[1]) if len(parts) == 3 else None
         if node is not None and node.source.host_id != self._host_id:
-            counts = self._fetches.setdefault(node.source.host_id, Replication(self._hits))
+            counts = self._fetches.setdefault(node.source.host_id, self._new_counts())
             counts.fetched(self._clock.now(), keys)
 
     def _on_taken(self, holder: AttemptKey, keys: Sequence[BlockKey]) -> None:
@@ -109,11 +115,13 @@ class Replicas:
                 epoch=there.epoch,
                 layout=layout_to_pb(plane.layout),
                 source=source_to_pb(source),
-                records=[record_to_pb(record) for record in records],
             )
             try:
-                reply = await self._channels.stub(there).Offer(request, timeout=OFFER_TIMEOUT_S)
-                self.made += reply.taken
+                for (request.tenant, request.cost_s), theirs in _by_owner(plane, records).items():
+                    del request.records[:]
+                    request.records.extend(map(record_to_pb, theirs))
+                    reply = await self._channels.stub(there).Offer(request, timeout=OFFER_TIMEOUT_S)
+                    self.made += reply.taken
             except grpc.aio.AioRpcError as error:
                 heed_cancellation()
                 log.debug("no copies: %s", transfer_error(error, there.worker_id).message)
@@ -121,11 +129,28 @@ class Replicas:
                 plane.exports.drop(holder)
 
     async def _give_up(self, plane: StorePlane, keys: Sequence[BlockKey]) -> None:
-        """Only what somebody else has: a copy may have become the last one."""
+        """Only what somebody else has: a copy may have become the last one. What is held or pinned has its turn later."""
         us = plane.node.source().worker_id
         for key in keys:
             located = await self._directory.locate([key])
-            if any(holder.worker_id != us for held in located.holders for holder in held):
-                self.given_up += bool(await self._store.evict([key]))
-            else:
+            elsewhere = any(holder.worker_id != us for held in located.holders for holder in held)
+            if elsewhere and await self._store.evict([key]):
+                self.given_up += 1
+            elif not elsewhere or _has(plane, key):
                 self._copies.made(self._clock.now(), [key])
+
+
+def _by_owner(plane: StorePlane, records: Sequence[BlockRecord]) -> dict[tuple[bytes, float], list[BlockRecord]]:
+    """A copy is charged to whom the block is charged to, and weighs as much."""
+    owners: dict[tuple[bytes, float], list[BlockRecord]] = {}
+    for record in records:
+        owner = plane.inventory.tenant_of(record.block_id), plane.inventory.cost_of(record.block_id)
+        owners.setdefault(owner, []).append(record)
+    return owners
+
+
+def _has(plane: StorePlane, key: BlockKey) -> bool:
+    [block] = plane.inventory.look([key])
+    if block is not None:
+        plane.inventory.release([block])
+    return block is not None

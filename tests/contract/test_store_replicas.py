@@ -26,7 +26,7 @@ class Hosts:
         self.first, self.second, self.directory, self.clock = first, second, directory, clock
         ids = [host_id(str(folder)) for folder in folders]
         self.at_first, self.at_second = (
-            Replicas(end.node, directory, HITS, clock, here) for end, here in zip((first, second), ids, strict=True)
+            Replicas(end.node, directory, HITS, 60.0, clock, here) for end, here in zip((first, second), ids, strict=True)
         )
         self.reader = NodeRecord(KvSource(READER, 1, "127.0.0.1:1", ids[1]), LAYOUT, WorkerRole.DECODE)
         self.reads = 0
@@ -114,3 +114,35 @@ async def test_a_host_whose_store_is_gone_gets_none(hosts):
     await hosts.at_first.turn()
     assert hosts.at_first.made == 0
     assert hosts.first.node.plane.exports.holds_open == 0
+
+
+async def test_a_copy_is_charged_to_the_tenant_and_weighs_what_the_block_does(hosts):
+    mine, ours = keys_of("mine", 3), keys_of("ours", 2)
+    await hosts.first.client.offer(hosts.worker, mine, tenant=b"acme", cost_s=0.25)
+    await hosts.first.client.offer(hosts.worker, ours, cost_s=0.5)
+    await hosts.join()
+    await hosts.at_first.turn()
+    await hosts.read(hosts.first, mine + ours, HITS)
+    await hosts.at_first.turn()
+    assert hosts.at_first.made == hosts.at_second.kept == 5
+    there = {entry.key: (entry.tenant, entry.cost_s) for entry in hosts.second.node.plane.inventory.entries()}
+    assert there == {**dict.fromkeys(mine, (b"acme", 0.25)), **dict.fromkeys(ours, (b"", 0.5))}
+
+
+async def test_a_cold_copy_that_is_held_or_pinned_has_its_turn_later(hosts):
+    held, pinned = keys_of("hot", 2)
+    await hosts.first.client.offer(hosts.worker, [held, pinned])
+    await hosts.join()
+    await hosts.at_first.turn()
+    await hosts.read(hosts.first, [held, pinned], HITS)
+    await hosts.at_first.turn()
+    await hosts.directory.announce("store-0", 9, [(held, Tier.DRAM), (pinned, Tier.DRAM)], [])
+    await hosts.second.client.hold([held])
+    await hosts.second.node.pin([pinned])
+    for given_up in (0, 1, 2):
+        hosts.clock.advance(400.0)
+        await hosts.at_second.turn()
+        assert (hosts.at_second.given_up, hosts.at_second.kept) == (given_up, 2 - given_up)
+        if not given_up:
+            await hosts.second.client.drop()
+        hosts.second.node.unpin([pinned] if given_up else [])
