@@ -16,9 +16,20 @@ from typing import Any
 import grpc
 
 from core.blocks import KvLayout, KvSource, KvTicket
+from core.cost_model import Fit
 from core.request import AttemptKey, AttemptTiming, FinishReason, TokenEvent, WorkerRole, WorkItem
 from core.service import Registration, serve
-from core.wire import item_from_pb, key_from_pb, key_to_pb, layout_to_pb, role_to_pb, ticket_to_pb, timing_to_pb, token_to_pb
+from core.wire import (
+    fit_to_pb,
+    item_from_pb,
+    key_from_pb,
+    key_to_pb,
+    layout_to_pb,
+    role_to_pb,
+    ticket_to_pb,
+    timing_to_pb,
+    token_to_pb,
+)
 from tandem.v1 import cluster_pb2
 from tandem.v1 import common_pb2 as pb
 from tandem.v1.decode_pb2_grpc import add_DecodeServicer_to_server
@@ -82,6 +93,7 @@ class ScriptedWorker:
         self.refuse: Callable[[WorkItem], str] = lambda item: ""
         self.held: dict[AttemptKey, WorkItem] = {}
         self.seen: list[tuple[str, AttemptKey]] = []
+        self.step_cost: Fit | None = None  # what it says its steps cost
         self.dead = False
         self.address = ""
         self.changed = asyncio.Condition()
@@ -120,6 +132,7 @@ class ScriptedWorker:
             grpc_address=self.address,
             blocks=cluster_pb2.BlockCounts(total=BLOCKS, free=BLOCKS),
             layout=layout_to_pb(LAYOUT),
+            step_cost=fit_to_pb(self.step_cost) if self.step_cost is not None else None,
             model=cluster_pb2.ModelInfo(name="scripted", max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB, path="scripted"),
         )
 
