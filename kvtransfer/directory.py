@@ -138,7 +138,7 @@ class Delta(NamedTuple):
 def pack(keys: Sequence[BlockKey]) -> bytes:
     """Keys one after another. Raises ValueError when one of them has another length."""
     packed = b"".join(keys)
-    if not set(map(len, keys)) <= {KEY_BYTES}:
+    if list(map(len, keys)).count(KEY_BYTES) != len(keys):
         raise ValueError(f"a block key has {KEY_BYTES} bytes")
     return packed
 

@@ -1,9 +1,8 @@
-"""The directory in memory: plain dictionaries, made for ten million entries. Deciding code; time comes as an argument.
+"""The directory in memory, made for ten million entries and prompts of thousands of keys. Deciding code; time is an argument.
 
-An entry is a key's first 64 bits (a collision is a stale hint, no more) and the tuple of its holders, shared by all entries
-with the same holders. The table is split in parts, so that none is ever resized or swept for long; more of them would tear
-keys that were announced together, and are looked up together, further apart in memory. What dead nodes held is not found any
-more at once, and swept out part by part by later joins and announcements, never by a lookup.
+An entry is a key's first 64 bits (a collision is a stale hint, no more) and the number of the set of its holders, which all
+entries with the same holders share. What dead nodes held is not found any more at once, and swept out part by part by later
+joins and announcements, never by a lookup.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from core.blocks import KEY_BYTES, BlockKey
 from core.clock import Clock
@@ -29,18 +29,16 @@ from kvtransfer.directory import (
     pack,
     pack_deltas,
 )
+from kvtransfer.entry_table import NOTHING, EntryTable, Keys, Values, distinct, short_keys
+from kvtransfer.holder_sets import HolderSets, Words
 
 ENTRIES_MAX = 32_000_000
 NODES_MAX = 10_000
-SWEEP_ENTRIES = 16_384
-"""Looked at by one join or announcement while there is something to sweep; a part is always swept whole."""
-LOOKUP_KEYS = 512
-"""Looked up at once, so that a miss near the beginning costs little."""
-_PART_BITS = 6
-_PARTS = 1 << _PART_BITS
-_SHARED_SETS_MAX = 65_536
-
-_Words = tuple[int, ...]  # node number * 2 + tier, in the order in which they were announced
+LOOKUP_KEYS = 2048
+"""Looked up at once, in about a quarter of a millisecond; the next ones only if all of these are held."""
+SWEEP_CALLS = 64
+"""Joins and announcements after which all of the table is swept, if it has more parts than that; else one part each."""
+_HOLDERS_MAX = 65_536
 
 
 @dataclass(slots=True)
@@ -67,15 +65,14 @@ class LocalDirectory:
     counts: DirectoryCounts = field(default_factory=DirectoryCounts)
 
     def __post_init__(self) -> None:
-        self._parts: list[dict[int, _Words]] = [{} for _ in range(_PARTS)]
-        self._get = [part.get for part in self._parts]
+        self._table = EntryTable(self.entries_max)
+        self._sets = HolderSets()
         self._nodes: dict[str, _Node] = {}
         self._numbers: dict[int, _Node] = {}
         self._last_number = 0
         self._expires_at = float("inf")  # no node's time ends before
-        self._shared: dict[_Words, _Words] = {}
-        self._holders: dict[_Words, tuple[Holder, ...]] = {}  # of those looked up since nodes last changed
-        self._to_sweep: dict[int, int] = {}  # dead node number -> parts not yet swept of it
+        self._holders: dict[Words, tuple[Holder, ...]] = {}  # of sets looked up since nodes last changed
+        self._to_sweep: dict[int, int] = {}  # dead node number -> parts of the table not yet swept of it
         self._next_part = 0
 
     def join(self, record: NodeRecord, ttl_s: float, now: float) -> bool:
@@ -122,8 +119,8 @@ class LocalDirectory:
         """`keys`: 16 bytes each, one after another."""
         self._expire(now)
         runs: list[tuple[int, tuple[Holder, ...]]] = []
-        for words, count in self._find(keys[: LOCATE_KEYS_MAX * KEY_BYTES]):
-            alive = self._alive(words)
+        for number, count in self._find(keys[: LOCATE_KEYS_MAX * KEY_BYTES]):
+            alive = self._alive(number)
             if not alive:
                 break
             if runs and runs[-1][1] == alive:
@@ -139,13 +136,15 @@ class LocalDirectory:
 
     def check(self) -> None:
         """Asserts that the tables agree."""
-        assert self.counts.entries == sum(map(len, self._parts)) <= self.entries_max, "entries are miscounted"
+        numbers = self._table.values()
+        assert self.counts.entries == len(self._table) == len(numbers) <= self.entries_max, "entries are miscounted"
         assert {node.number: node for node in self._nodes.values()} == self._numbers, "a node has two numbers, or none"
+        self._sets.check(numbers)
         known = self._numbers.keys() | self._to_sweep.keys()
-        for part in self._parts:
-            for words in part.values():
-                assert words, "an entry that nobody holds"
-                assert {word >> 1 for word in words} <= known, "an entry of a node that was swept out"
+        for number in set(numbers.tolist()):
+            words = self._sets.words(number)
+            assert words, "an entry that nobody holds"
+            assert {word >> 1 for word in words} <= known, "an entry of a node that was swept out"
 
     # ---- nodes -------------------------------------------------------------------------------------------------------
 
@@ -159,7 +158,7 @@ class LocalDirectory:
 
     def _bury(self, node: _Node) -> None:
         del self._nodes[node.record.source.worker_id], self._numbers[node.number]
-        self._to_sweep[node.number] = _PARTS
+        self._to_sweep[node.number] = self._table.parts
         self._holders.clear()
 
     def _expire(self, now: float) -> None:
@@ -169,10 +168,11 @@ class LocalDirectory:
             self._bury(node)
         self._expires_at = min((node.until for node in self._nodes.values()), default=float("inf"))
 
-    def _alive(self, words: _Words) -> tuple[Holder, ...]:
+    def _alive(self, number: int) -> tuple[Holder, ...]:
+        words = self._sets.words(number)
         found = self._holders.get(words)
         if found is None:
-            if len(self._holders) >= _SHARED_SETS_MAX:
+            if len(self._holders) >= _HOLDERS_MAX:
                 self._holders.clear()
             living = [(self._numbers[word >> 1].record.source, word & 1) for word in words if word >> 1 in self._numbers]
             found = tuple(Holder(source.worker_id, source.epoch, Tier(tier)) for source, tier in living)
@@ -181,80 +181,69 @@ class LocalDirectory:
 
     # ---- entries -----------------------------------------------------------------------------------------------------
 
-    def _find(self, keys: bytes) -> Iterator[tuple[_Words, int]]:
-        """Entries of the longest prefix that has some, each with how many keys in a row have it."""
-        for start in range(0, len(keys), LOOKUP_KEYS * KEY_BYTES):
-            places, shorts = _short(keys[start : start + LOOKUP_KEYS * KEY_BYTES])
-            get = self._get
-            found = [get[place](short) for place, short in zip(places, shorts, strict=True)]
-            current, count = found[0], 0
-            if current is None:
-                return
-            for words in found:
-                if words is current:
-                    count += 1
-                    continue
-                yield current, count
-                if words is None:
+    def _find(self, keys: bytes) -> Iterator[tuple[int, int]]:
+        """Sets of the longest prefix that has entries, each with how many keys in a row have it."""
+        names = short_keys(keys, KEY_BYTES)
+        for start in range(0, names.size, LOOKUP_KEYS):
+            numbers = self._table.get(names[start : start + LOOKUP_KEYS])
+            last = 0
+            for edge in [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), numbers.size]:
+                if numbers[last] == NOTHING:
                     return
-                current, count = words, 1
-            yield current, count
+                yield int(numbers[last]), edge - last
+                last = edge
 
     def _add(self, keys: bytes, word: int) -> None:
-        alone = self._share((word,))
-        for place, short in zip(*_short(keys), strict=True):
-            part = self._parts[place]
-            words = part.get(short)
-            if words is None:
-                if self.counts.entries >= self.entries_max:
-                    self.counts.refused += 1
-                    continue
-                self.counts.entries += 1
-                part[short] = alone
-            elif word not in words:
-                part[short] = self._share((*words, word))
+        if not keys:
+            return
+        names = distinct(short_keys(keys, KEY_BYTES))
+        self._table.grow(names.size, self._living)
+
+        def added(names: Keys, numbers: Values) -> Values:
+            taken = self._admitted(keys, names, numbers)
+            new = np.zeros_like(numbers)
+            new[taken] = self._sets.changed(numbers[taken], lambda words: words if word in words else (*words, word))
+            return new
+
+        refused = self._table.change(names, added)
+        self.counts.refused += refused
+
+    def _admitted(self, keys: bytes, names: Keys, numbers: Values) -> npt.NDArray[np.bool_]:
+        """Which of `names` there is room for; of new ones those that stand first in `keys`."""
+        admitted = np.ones(names.size, np.bool_)
+        new = np.flatnonzero(numbers == NOTHING)
+        too_many = int(new.size) - (self.entries_max - len(self._table))
+        if too_many > 0:
+            self.counts.refused += too_many
+            in_order, first = np.unique(short_keys(keys, KEY_BYTES), return_index=True)
+            first = first[np.searchsorted(in_order, names)]
+            admitted[new[np.argsort(first[new])[-too_many:]]] = False
+        return admitted
 
     def _remove(self, keys: bytes, word: int) -> None:
-        for place, short in zip(*_short(keys), strict=True):
-            part = self._parts[place]
-            words = part.get(short)
-            if words is not None and word in words:
-                self._put(part, short, tuple(other for other in words if other != word))
+        if not keys:
+            return
+        names = distinct(short_keys(keys, KEY_BYTES))
 
-    def _put(self, part: dict[int, _Words], key: int, words: _Words) -> None:
-        if words:
-            part[key] = self._share(words)
-        else:
-            del part[key]
-            self.counts.entries -= 1
+        def removed(_: Keys, numbers: Values) -> Values:
+            return self._sets.changed(numbers, lambda words: tuple(other for other in words if other != word))
 
-    def _share(self, words: _Words) -> _Words:
-        """The same object for the same holders, within a bound on how many sets are remembered."""
-        shared = self._shared.get(words)
-        if shared is None:
-            if len(self._shared) >= _SHARED_SETS_MAX:
-                self._shared.clear()
-            shared = self._shared[words] = words
-        return shared
+        self._table.change(names, removed)
 
     def _sweep(self) -> None:
-        budget = SWEEP_ENTRIES
-        while self._to_sweep and budget > 0:
-            part = self._parts[self._next_part]
-            self._next_part = (self._next_part + 1) % _PARTS
-            budget -= max(len(part), SWEEP_ENTRIES // _PARTS)
-            dead = self._to_sweep
-            stale_sets = {words for words in set(part.values()) if any(word >> 1 in dead for word in words)}
-            stale = [(key, words) for key, words in part.items() if words in stale_sets] if stale_sets else []
-            for key, words in stale:
-                self._put(part, key, tuple(word for word in words if word >> 1 not in dead))
-            self.counts.swept += len(stale)
-            for number in list(dead):
-                dead[number] -= 1
-                if not dead[number]:
-                    del dead[number]
-            if not dead:
-                self._shared.clear()  # sets that named them; entries keep theirs
+        for _ in range(max(1, self._table.parts // SWEEP_CALLS)):
+            if not self._to_sweep:
+                break
+            self._next_part = (self._next_part + 1) % self._table.parts
+            self._table.recast(self._next_part, self._living)
+            self._to_sweep = {number: left - 1 for number, left in self._to_sweep.items() if left > 1}
+        self.counts.entries = len(self._table)
+
+    def _living(self, numbers: Values) -> Values:
+        """Sets without the nodes that died."""
+        new = self._sets.changed(numbers, lambda words: tuple(word for word in words if word >> 1 in self._numbers))
+        self.counts.swept += int(np.count_nonzero(new != numbers))
+        return new
 
 
 class ClockedDirectory:
@@ -301,9 +290,3 @@ def _refuse_rivals(known: NodeRecord, new: NodeRecord) -> None:
             f"{source.worker_id} epoch {source.epoch} is at {old.grpc_address}; {source.grpc_address} is refused. "
             "Give each node an id of its own"
         )
-
-
-def _short(keys: bytes) -> tuple[list[int], list[int]]:
-    """Of each key its part and, from the same first 64 bits, its name there: 58 bits, the most that fit a 32-byte integer."""
-    first = np.frombuffer(keys, "<u8")[::2]
-    return (first & np.uint64(_PARTS - 1)).tolist(), (first >> np.uint64(_PART_BITS)).tolist()

@@ -137,10 +137,10 @@ def test_what_a_dead_node_held_is_swept_out_by_what_the_others_say():
     table.check()
 
 
-@pytest.mark.parametrize("gap", [0, 1, LOOKUP_KEYS - 1, LOOKUP_KEYS, LOOKUP_KEYS + 1, 3 * LOOKUP_KEYS, 1999])
+@pytest.mark.parametrize("gap", [0, 1, LOOKUP_KEYS - 1, LOOKUP_KEYS, LOOKUP_KEYS + 1, 3 * LOOKUP_KEYS, 7999])
 def test_the_first_gap_ends_a_lookup_wherever_it_lies(gap):
     table = LocalDirectory()
-    many = keys(2000)
+    many = keys(8000)
     table.join(record("a"), 10.0, 0.0)
     table.join(record("b"), 10.0, 0.0)
     announce(table, "a", 1, dram(many[:gap] + many[gap + 1 :]), [], 0.0)
