@@ -52,6 +52,7 @@ class Announcer:
         self._every_s = ttl_s / 3 / JOINS_WHILE_YOUNG
         self._join_at = clock.now()
         self._pause_s = PAUSE_MIN_S
+        self._refused = False  # at the last join: a newer self of ours is there, or another of our name
         self._everything = False
         self._unsaid: Changes | None = None  # told to the directory until it says that it heard
         self._news = asyncio.Event()
@@ -77,13 +78,16 @@ class Announcer:
                 continue
             except (StaleEpochError, DuplicateNodeError) as error:
                 self.failures += 1
+                self._refused = True
                 log.error("this worker is not announced: %s", error.message)
                 await asyncio.sleep(self._ttl_s)
                 continue
             await self._wait(self._join_at - self._clock.now())
 
     async def leave(self) -> None:
-        """At the end: nobody shall look for blocks here any more."""
+        """At the end: nobody shall look for blocks here any more. Where another has our name, it is not ours to take away."""
+        if self._refused:
+            return
         source = self._record().source
         try:
             await self._directory.leave(source.worker_id, source.epoch)
@@ -99,6 +103,7 @@ class Announcer:
     async def _join(self) -> None:
         if not await self._directory.join(self._record(), self._ttl_s):
             self._everything = True
+        self._refused = False
         self._met(await self._directory.nodes())
         self._join_at = self._clock.now() + self._every_s
         self._every_s = min(2 * self._every_s, self._ttl_s / 3)

@@ -38,6 +38,7 @@ class StoreAnnouncer:
         self._everything = True
         self._disk: DiskChanges | None = None
         self._joined_at: float | None = None
+        self._refused = False  # at the last join: a newer self of ours is there, or another of our name
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -49,6 +50,7 @@ class StoreAnnouncer:
                 more = await self._tell()
             except (StaleEpochError, DuplicateNodeError) as error:  # it goes on for those who know it; nobody else finds it
                 self._failed()
+                self._refused = True
                 log.error("this store is not announced: %s", error.message)
                 await asyncio.sleep(self._ttl_s)
                 continue
@@ -69,7 +71,10 @@ class StoreAnnouncer:
         self._joined_at = None
 
     async def leave(self) -> None:
-        """At the end, so that nobody asks us any more; without an answer our time to live runs out."""
+        """At the end, so that nobody asks us any more; without an answer our time to live runs out. Where another has our
+        name, it is not ours to take away."""
+        if self._refused:
+            return
         try:
             await self._directory.leave(self._store.record().source.worker_id, self._store.epoch)
         except TandemError as error:
@@ -82,6 +87,7 @@ class StoreAnnouncer:
         if fresh and self._plane is not None:  # blocks of another layout: what was said of the old ones is void
             await self._directory.leave(self._store.record().source.worker_id, self._store.epoch)
         known = await self._directory.join(self._store.record(), self._ttl_s)
+        self._refused = False
         self._joined_at = now
         if self._store.plane is not None:
             self._store.plane.fetcher.keep([node.source for node in await self._directory.nodes()])

@@ -191,3 +191,4 @@ async def test_of_two_stores_with_one_name_the_directory_knows_the_first(tmp_pat
         assert [node.source.grpc_address for node in await t.nodes()] == [record.source.grpc_address]
         assert not twin.exited.done()
         await twin.stop(4.0)
+        assert [node.source.grpc_address for node in await t.nodes()] == [record.source.grpc_address], "not the twin's to leave"
