@@ -49,7 +49,7 @@ class Exchange:
 
     async def once(self) -> bool:
         """One exchange; False when it failed."""
-        told = self._room.sharing.to_tell(self._room.counters.tenants_waiting())
+        told = self._room.sharing.to_tell(self._room.interesting())
         if not told:
             return True
         try:

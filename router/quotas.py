@@ -32,6 +32,9 @@ class Quotas:
                 full = tenant.burst_tokens or BURST_S * tenant.tokens_per_s
                 self._buckets[name] = _Bucket(tenant.tokens_per_s, full, full, 0.0)
 
+    def tenants(self) -> list[str]:
+        return list(self._buckets)
+
     def rate(self, tenant: str) -> float | None:
         """Tokens per second; None: no quota."""
         bucket = self._buckets.get(tenant)

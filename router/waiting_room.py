@@ -166,6 +166,10 @@ class WaitingRoom:
     def generated(self, tenant: str, tokens: int, now: float) -> None:
         self._charge(tenant, OUTPUT_WEIGHT * tokens, tokens, now)
 
+    def interesting(self) -> list[str]:
+        """Of whom it matters here what others serve: who waits, and who has a quota."""
+        return [*self.quotas.tenants(), *self.counters.tenants_waiting()]
+
     def heard(self, elsewhere: Mapping[str, Service], now: float) -> None:
         """Other routers served this."""
         for tenant, service in elsewhere.items():
