@@ -99,7 +99,7 @@ class Dispatcher:
 
     def situation(self) -> Situation:
         connected = self.links.connected() if self.links is not None else frozenset()
-        return self.placer.situation(self.view, connected)
+        return self.placer.situation(self.view, connected, self._clock.now())
 
     def states(self) -> Counter[State]:
         return Counter(live.journey.state for live in self._live.values())
@@ -112,6 +112,7 @@ class Dispatcher:
         self.view = view.keeping(self.view, self.links.connected())
         self.links.follow(self.view)
         self._orphans = {name: cancels for name, cancels in self._orphans.items() if name in self.view.workers}
+        self.situation()  # what is claimed now is in these reports, what will be is not
         self.on_change()
         self._pump_soon()
 
@@ -181,7 +182,7 @@ class Dispatcher:
 
     def _move_claim(self, live: Live, event: ev.Event) -> None:
         """What an accepted attempt gives back is room for those who wait; what was refused never was."""
-        self.placer.moved(live.claim, live.journey.claim)
+        self.placer.moved(live.claim, live.journey.claim, self._clock.now())
         live.claim = live.journey.claim
         lost = live.journey.facts.failovers - live.failovers
         if lost:

@@ -25,22 +25,26 @@ NEAR = 0.9
 
 
 class Forecast(NamedTuple):
-    """`gap_s` with what the hand-off adds to the slowest tenth of gaps, `tpot_s` with what it adds to their mean.
-    `harmed`: requests running there that the newcomer pushes over a limit like its own."""
+    """`step_s` is a gap, `gap_s` with what the hand-off adds to the slowest tenth of gaps, `tpot_s` with what it adds to their
+    mean. `harmed`: requests running there that the newcomer pushes over a limit like its own. `factors`: by which the
+    costs of prefill and decode were corrected."""
 
     pair: Pair
+    overhead_s: float
     queue_s: float
     prefill_s: float
     transfer_s: float
+    step_s: float
     gap_s: float
     tpot_s: float
     harmed: float
     load: float
     """Ties go to the less loaded."""
+    factors: tuple[float, float]
 
     @property
     def ttft_s(self) -> float:
-        return self.queue_s + self.prefill_s
+        return self.overhead_s + self.queue_s + self.prefill_s
 
 
 class Goodput(Scored):
@@ -102,26 +106,48 @@ class _Split:
         self._token_bytes, self._link = situation.token_bytes, situation.view.link
         cached = matched_tokens(situation, self._prefill, need)
         self._new = need.tokens - cached
-        self.queue_s = self._prefill.queue_s()
+        self.queue_s = self._prefill.queue_s(need.now)
         self.prefill_s = self._prefill.prefill_s(self._new, cached)
-        self.gap_s = self._decode.gap_s(1.0, need.tokens + need.output_tokens / 2)
-        self._harmed = _harmed(self._decode, self.gap_s, need)
+        rows, context = _met_there(situation, need, float((self.queue_s + self.prefill_s).min()))
+        self.gap_s = self._decode.gap_of_s(rows + 1.0, context + need.tokens + need.output_tokens / 2)
+        self._harmed = _harmed(self._decode, self._decode.gap_of_s(rows, context), self.gap_s, need)
 
     def of(self, p: int, d: int) -> Forecast:
         prefill, decode, need = self._prefill, self._decode, self._need
         last_chunk = min(float(self._new[p]), CHUNK_TOKENS)
         exposed_s = self._link.latency_s + last_chunk * self._token_bytes / self._link.bytes_per_s
-        gap_s = float(self.gap_s[d])
+        exposed_s += float(decode.corrections.join_s[d])
+        step_s = float(self.gap_s[d])
         return Forecast(
             Pair(prefill.names[p], decode.names[d]),
+            float(prefill.corrections.overhead_s[p]),
             float(self.queue_s[p]),
             float(self.prefill_s[p]),
             exposed_s,
-            gap_s + exposed_s / max(1.0, need.output_tokens / 10),  # one of the slowest tenth of gaps
-            gap_s + exposed_s / max(1.0, need.output_tokens - 1.0),
+            step_s,
+            step_s + exposed_s / max(1.0, need.output_tokens / 10),  # one of the slowest tenth of gaps
+            step_s + exposed_s / max(1.0, need.output_tokens - 1.0),
             float(self._harmed[d]),
             float(prefill.waiting_tokens[p] + decode.running[d]),
+            (float(prefill.corrections.prefill[p]), float(decode.corrections.gap[d])),
         )
+
+
+def _met_there(situation: Situation, need: Need, wait_s: float) -> tuple[Column, Column]:
+    """Requests that a newcomer decodes beside on each decode worker, and the context they hold, as averages over its life.
+
+    Those whose prompts are still being computed come one after another, and stay for as long as it does: of `coming` of them
+    spread over `spread_s`, at any time as many are there as fit into one life (Little's law). They take the place of those that
+    will have ended by then; where fewer are known to come, others will that nobody knows yet, so it stays as full as it is.
+    """
+    prefill, decode = situation.prefill, situation.decode
+    now = decode.running - decode.coming
+    life_s = np.maximum(need.output_tokens, 1.0) * decode.gap_of_s(now + 1.0, decode.context)
+    spread_s = decode.coming_tokens * float(prefill.cost.prefill_token_s.mean()) / len(prefill)
+    left = np.clip(1.0 - wait_s / life_s, 0.0, 1.0)
+    coming = decode.coming * np.minimum(1.0, life_s / np.maximum(spread_s, 1e-9))
+    rows = np.maximum(now, now * left + coming)
+    return rows, decode.context * rows / np.maximum(decode.running, 1.0)
 
 
 class _Whole:
@@ -133,31 +159,35 @@ class _Whole:
         self.new = need.tokens - cached
         chunk = np.minimum(self.new, CHUNK_TOKENS)
         steps = np.ceil((self.new + pool.waiting_tokens) / CHUNK_TOKENS)
-        self.queue_s = pool.queue_s()
+        self.queue_s = pool.queue_s(need.now)
         self.prefill_s = pool.prefill_s(self.new, cached) + steps * (pool.gap_s() - pool.cost.base_s)  # decodes run along
         self.gap_s = pool.gap_s(1.0, need.tokens + need.output_tokens / 2)
-        self._harmed = np.where(pool.running > 0, _harmed(pool, pool.gap_s() + pool.cost.prefill_token_s * chunk, need), 0.0)
+        felt_s = pool.gap_s() + pool.cost.prefill_token_s * chunk
+        self._harmed = np.where(pool.running > 0, _harmed(pool, pool.gap_s(), felt_s, need), 0.0)
 
     def of(self, row: int) -> Forecast:
         pool, gap_s = self._pool, float(self.gap_s[row])
         return Forecast(
             Pair(None, pool.names[row]),
+            float(pool.corrections.overhead_s[row]),
             float(self.queue_s[row]),
             float(self.prefill_s[row]),
             0.0,
             gap_s,
             gap_s,
+            gap_s,
             float(self._harmed[row]),
             float(pool.waiting_tokens[row] + pool.running[row]),
+            (float(pool.corrections.prefill[row]), float(pool.corrections.gap[row])),
         )
 
 
-def _harmed(pool: Pool, gap_s: Column, need: Need) -> Column:
+def _harmed(pool: Pool, before_s: Column, after_s: Column, need: Need) -> Column:
     """Who runs on each worker and would keep the newcomer's token limit without it but not with it."""
     limit_s = _gap_limit_s(need)
     if limit_s is None:
         return np.zeros(len(pool))
-    return np.where((pool.gap_s() <= limit_s) & (gap_s > limit_s), pool.running, 0.0)
+    return np.where((before_s <= limit_s) & (after_s > limit_s), pool.running, 0.0)
 
 
 def _has_room(pool: Pool, need: Need) -> Mask:
@@ -200,10 +230,14 @@ def _candidate(forecast: Forecast, need: Need) -> Candidate:
         forecast.gap_s,
         total_s,
         f"{reason}, {over:.0%} over" if over else reason,
+        overhead_s=forecast.overhead_s,
         queue_s=forecast.queue_s,
         prefill_s=forecast.prefill_s,
         transfer_s=forecast.transfer_s,
         tpot_s=forecast.tpot_s,
+        step_s=forecast.step_s,
+        prefill_factor=forecast.factors[0],
+        gap_factor=forecast.factors[1],
     )
 
 

@@ -12,6 +12,7 @@ from core.request import FinishReason
 from router.attainment import CLASS_UNNAMED
 from router.attempt import JourneySpec
 from router.block_index import BlockIndex
+from router.calibration import Calibration
 from router.decisions import Decisions, Explanation, Outcome
 from router.goodput import forecast
 from router.journey import Journey
@@ -43,18 +44,19 @@ class Placer:
         self.events = KvEvents(self.index) if self.index is not None else None
         self.decisions = Decisions()
         self.errors = PredictionErrors()
+        self.calibration = Calibration()
         self._policy = policy
         self._policy_name = name_of(policy)
         self._stale_after_s = stale_after_s
         self._draws = draws
         self._lengths = Lengths()
-        self._situation = self._see(ClusterView(), frozenset())
+        self._situation = self._see(ClusterView(), frozenset(), 0.0)
 
-    def situation(self, view: ClusterView, connected: frozenset[str]) -> Situation:
+    def situation(self, view: ClusterView, connected: frozenset[str], now: float) -> Situation:
         """What is known now: one object until the view or the sessions change."""
         known = self._situation
         if known.view is not view or known.connected != connected:
-            known = self._situation = self._see(view, connected)
+            known = self._situation = self._see(view, connected, now)
         return known
 
     def keys(self, situation: Situation, spec: JourneySpec) -> tuple[BlockKey, ...]:
@@ -102,10 +104,12 @@ class Placer:
         known = self.decisions.ended(journey.spec.request_id, outcome)
         if known is not None and error is None:
             self.errors.ended(known)
+            if known.last.chosen is not None and not facts.failovers:
+                self.calibration.observe(known.last.chosen, known.last.at_s, facts)
 
-    def moved(self, old: Claim, new: Claim) -> None:
+    def moved(self, old: Claim, new: Claim, now: float) -> None:
         """A journey left `old` and occupies `new`."""
-        self.claims.swap(old, new)
+        self.claims.swap(old, new, now)
         self._situation.moved(old, new)
 
     def accepted(self, claim: Claim, keys: tuple[BlockKey, ...], now: float) -> None:
@@ -119,8 +123,8 @@ class Placer:
         if self.events is not None:
             self.events.down(worker)
 
-    def _see(self, view: ClusterView, connected: frozenset[str]) -> Situation:
-        return Situation(view, connected, self.claims, self.index, self._stale_after_s)
+    def _see(self, view: ClusterView, connected: frozenset[str], now: float) -> Situation:
+        return Situation(view, connected, self.claims, self.index, self._stale_after_s, now, self.calibration)
 
 
 def _about(spec: JourneySpec, policy: str, need: Need) -> Explanation:

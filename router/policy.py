@@ -73,6 +73,11 @@ class Candidate:
     prefill_s: float = 0.0
     transfer_s: float = 0.0
     tpot_s: float = 0.0
+    step_s: float = 0.0
+    """A gap without what the hand-off adds."""
+    prefill_factor: float = 1.0
+    gap_factor: float = 1.0
+    """By which the workers' own costs were corrected: `router.calibration`."""
 
 
 @dataclass(frozen=True, slots=True)

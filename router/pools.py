@@ -1,26 +1,45 @@
 """The workers of one role as columns, so that a thousand of them are scored at once. Deciding code.
 
 A column is a numpy array with one element per worker, in order of their names. Reports cover all routers but are old; our
-own claims are exact but only ours: of the two the larger counts, so that a burst does not herd onto one worker.
+own claims are exact but only ours. So what a report has beyond our claims of that moment is taken for the work of others, and
+our claims of now are added: a burst does not herd onto one worker, and what we have seen end does not count on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from core.cost_model import StepCost
+from core.request import WorkerRole
 from router.block_index import BlockIndex
-from router.view import Claims, WorkerView
+from router.calibration import Calibration
+from router.view import NOTHING, Claims, Held, WorkerView
 
 Column = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 UNKNOWN_COST = StepCost(base_s=2e-3, prefill_token_s=1e-4, prefill_pair_s=1e-8, decode_row_s=2e-4, decode_context_s=1e-7)
 """Of a pool in which nobody has learned anything yet: the shape is right, and workers are told apart by load alone."""
+
+
+CHUNK_TOKENS = 256
+"""Of chunked prefill: what one step computes of prompts."""
+TYPICAL_PROMPT_TOKENS = 512
+"""Of others' prompts only the sum of tokens is known; their attention is that of prompts of this length."""
+
+
+class Corrections(NamedTuple):
+    """`router.calibration.Correction` of each worker."""
+
+    prefill: Column
+    gap: Column
+    overhead_s: Column
+    join_s: Column
 
 
 class CostColumns(NamedTuple):
@@ -34,25 +53,48 @@ class CostColumns(NamedTuple):
 
 
 class Pool:
-    """Columns of one role. `stale_after_s`: what is older counts as loaded at least as the mean of the pool."""
+    """Columns of one role. `stale_after_s`: what is older counts as loaded at least as the mean of the pool.
 
-    def __init__(self, workers: Sequence[WorkerView], claims: Claims, stale_after_s: float = float("inf")) -> None:
+    `then`: our claims when the reports came (None: now), at the time `seen_at`. `typical`: what steps cost in the cluster, for
+    workers that have learned nothing, or nothing of prompts because they never computed one.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[WorkerView],
+        claims: Claims,
+        stale_after_s: float = float("inf"),
+        then: Mapping[str, Held] | None = None,
+        seen_at: float = 0.0,
+        calibration: Calibration | None = None,
+        typical: StepCost | None = None,
+    ) -> None:
         self.names = tuple(worker.worker_id for worker in workers)
         self.row = {name: row for row, name in enumerate(self.names)}
         self._claims = claims
         fresh = np.array([worker.age_s <= stale_after_s for worker in workers], dtype=np.bool_)
-        self._reported_tokens = _discounted([worker.waiting_tokens for worker in workers], fresh)
-        self._reported_running = _discounted([worker.running + worker.waiting for worker in workers], fresh)
-        self._reported_context = _discounted([worker.context_tokens for worker in workers], fresh)
+        held = claims.all_held() if then is None else then
+        ours = [held.get(name, NOTHING) for name in self.names]
+        self._other_tokens = _others([w.waiting_tokens for w in workers], [h.prefill_tokens for h in ours], fresh)
+        self._other_running = _others([w.running + w.waiting for w in workers], [h.running for h in ours], fresh)
+        self._other_context = _others([w.context_tokens for w in workers], [h.context_tokens for h in ours], fresh)
+        self._seen_at = seen_at
         self.room_blocks = _column([worker.blocks_free + worker.blocks_cached for worker in workers])
         self.blocks = _column([max(worker.blocks_total, 1) for worker in workers])
         self.block_tokens = _column([worker.layout.block_size if worker.layout else 1 for worker in workers])
-        self.cost = _costs(workers)
+        known = calibration or Calibration()
+        each = [known.of(name) for name in self.names]
+        self.corrections = Corrections(*(_column([getattr(one, name) for one in each]) for name in Corrections._fields))
+        self.cost = _corrected(_costs(workers, typical), self.corrections, [w.role is WorkerRole.PREFILL for w in workers])
         self.prefills = np.zeros(len(workers))
         self.claimed_tokens = np.zeros(len(workers))
-        self.waiting_tokens = self._reported_tokens.copy()
-        self.running = self._reported_running.copy()
-        self.context = self._reported_context.copy()
+        self.waiting_tokens = self._other_tokens.copy()
+        self.running = self._other_running.copy()
+        self.context = self._other_context.copy()
+        self.coming = np.zeros(len(workers))
+        self.coming_tokens = np.zeros(len(workers))
+        self._squares = np.zeros(len(workers))
+        self._since = np.zeros(len(workers))
         self._slots_version = -1
         self.refresh(self.names)
 
@@ -66,11 +108,14 @@ class Pool:
             row = self.row.get(name)
             if row is None:
                 continue
-            self.prefills[row] = claims.prefills(name)
-            self.claimed_tokens[row] = tokens = claims.prefill_tokens(name)
-            self.waiting_tokens[row] = max(self._reported_tokens[row], tokens)
-            self.running[row] = max(self._reported_running[row], claims.running(name))
-            self.context[row] = max(self._reported_context[row], claims.context_tokens(name))
+            held = claims.held(name)
+            self.prefills[row] = held.prefills
+            self.claimed_tokens[row] = held.prefill_tokens
+            self._squares[row], self._since[row] = held.prefill_squares, held.since
+            self.waiting_tokens[row] = self._other_tokens[row] + held.prefill_tokens
+            self.running[row] = self._other_running[row] + held.running
+            self.context[row] = self._other_context[row] + held.context_tokens
+            self.coming[row], self.coming_tokens[row] = held.coming, held.coming_tokens
 
     def of_slots(self, values: npt.NDArray[np.int64], index: BlockIndex) -> Column:
         """What the index has by slot, by row."""
@@ -87,18 +132,35 @@ class Pool:
         return mask
 
     def prefill_s(self, new_tokens: Column | float, context: Column | float = 0.0) -> Column:
-        """Computing a prompt of `new_tokens` behind `context` alone, in one step, on each worker."""
+        """Computing a prompt of `new_tokens` behind `context` alone, in chunks, on each worker."""
         cost = self.cost
         looked_at = new_tokens * (context + (new_tokens + 1) / 2)
         return np.asarray(
-            np.where(np.asarray(new_tokens) > 0, cost.base_s, 0.0)
+            np.ceil(new_tokens / CHUNK_TOKENS) * cost.base_s
             + cost.prefill_token_s * new_tokens
             + cost.prefill_pair_s * looked_at
         )
 
-    def queue_s(self) -> Column:
-        """Until what waits on each worker now is computed."""
-        return self.prefill_s(self.waiting_tokens)
+    def queue_s(self, now: float = 0.0) -> Column:
+        """Until what waits on each worker is computed: prompt by prompt, less what was done of the first one by now.
+
+        That one may take longer than predicted, but never counts as more than done.
+        """
+        ours_s = self._work_s(self.claimed_tokens, self._squares)
+        done_s = np.clip(now - self._since, 0.0, ours_s / np.maximum(self.prefills, 1.0))
+        others_s = self._work_s(self._other_tokens, self._other_tokens * TYPICAL_PROMPT_TOKENS)
+        return ours_s - done_s + np.maximum(others_s - max(now - self._seen_at, 0.0), 0.0)
+
+    def _work_s(self, tokens: Column, squares: Column) -> Column:
+        """Prompts that have so many tokens together, and so many squared. Short ones share steps."""
+        cost = self.cost
+        steps_s = np.ceil(tokens / CHUNK_TOKENS) * cost.base_s
+        return np.asarray(steps_s + cost.prefill_token_s * tokens + cost.prefill_pair_s * (squares + tokens) / 2)
+
+    def gap_of_s(self, rows: Column, context: Column) -> Column:
+        """The gap between two tokens in a batch of so many rows, which hold so many tokens together."""
+        cost = self.cost
+        return np.asarray(cost.base_s + cost.decode_row_s * rows + cost.decode_context_s * context)
 
     def gap_s(self, more_rows: float = 0.0, more_context: float = 0.0) -> Column:
         """The gap between two tokens on each worker with so much more in its batch."""
@@ -130,12 +192,39 @@ def _discounted(values: Sequence[float], fresh: Mask) -> Column:
     return column
 
 
-def _costs(workers: Sequence[WorkerView]) -> CostColumns:
+def _others(reported: Sequence[float], ours: Sequence[float], fresh: Mask) -> Column:
+    return np.maximum(_discounted(reported, fresh) - _column(ours), 0.0)
+
+
+def _corrected(cost: CostColumns, known: Corrections, prefills_only: Sequence[bool]) -> CostColumns:
+    base = np.where(np.array(prefills_only, dtype=np.bool_), known.prefill, known.gap)
+    return CostColumns(
+        cost.base_s * base,
+        cost.prefill_token_s * known.prefill,
+        cost.prefill_pair_s * known.prefill,
+        cost.decode_row_s * known.gap,
+        cost.decode_context_s * known.gap,
+    )
+
+
+def typical_cost(workers: Iterable[WorkerView]) -> StepCost | None:
+    """The median of each coefficient over those that have learned it; None while nobody has learned anything."""
     known = [worker.step_cost for worker in workers if worker.step_cost is not None]
-    typical = _typical(known) if known else UNKNOWN_COST
-    each = [worker.step_cost or typical for worker in workers]
+    if not known:
+        return None
+    learned = ([value for cost in known if (value := getattr(cost, name)) > 0] for name in CostColumns._fields)
+    return StepCost(*(float(np.median(values)) if values else 0.0 for values in learned))
+
+
+def _costs(workers: Sequence[WorkerView], typical: StepCost | None) -> CostColumns:
+    own = typical_cost(workers)
+    here, anywhere = own or typical or UNKNOWN_COST, typical or own or UNKNOWN_COST
+    each = [_with_prompts(worker.step_cost or here, anywhere) for worker in workers]
     return CostColumns(*(_column([getattr(cost, name) for cost in each]) for name in CostColumns._fields))
 
 
-def _typical(known: Sequence[StepCost]) -> StepCost:
-    return StepCost(*(float(np.median([getattr(cost, name) for cost in known])) for name in CostColumns._fields))
+def _with_prompts(cost: StepCost, other: StepCost) -> StepCost:
+    """A fit without a single prompt says that prompts cost nothing."""
+    if cost.prefill_token_s > 0 or cost.prefill_pair_s > 0:
+        return cost
+    return replace(cost, prefill_token_s=other.prefill_token_s, prefill_pair_s=other.prefill_pair_s)

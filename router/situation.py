@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -12,8 +12,9 @@ from core.blocks import BlockKey, KvLayout, block_keys, root_key
 from core.report import WorkerState
 from core.request import WorkerRole
 from router.block_index import BlockIndex
-from router.pools import Column, Pool
-from router.view import Claim, Claims, ClusterView, WorkerView
+from router.calibration import Calibration
+from router.pools import Column, Pool, typical_cost
+from router.view import Claim, Claims, ClusterView, Held, WorkerView
 
 NOBODY: frozenset[str] = frozenset()
 
@@ -30,6 +31,13 @@ class Situation:
     claims: Claims
     index: BlockIndex | None = None
     stale_after_s: float = float("inf")
+    seen_at: float = 0.0
+    """When it was made; what we held then is `then`."""
+    calibration: Calibration | None = None
+    then: Mapping[str, Held] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "then", self.claims.all_held())
 
     def candidates(self, role: WorkerRole, avoid: frozenset[str] = NOBODY) -> list[WorkerView]:
         """Connected, ready workers of a role, in a fixed order."""
@@ -83,4 +91,5 @@ class Situation:
                 getattr(self, pool).refresh(names)
 
     def _pool(self, role: WorkerRole) -> Pool:
-        return Pool(self.candidates(role), self.claims, self.stale_after_s)
+        workers, typical = self.candidates(role), typical_cost(self.view.workers.values())
+        return Pool(workers, self.claims, self.stale_after_s, self.then, self.seen_at, self.calibration, typical)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 from core.blocks import KvLayout
 from core.cost_model import LinkCost, StepCost
@@ -80,48 +81,89 @@ class Claim:
 NO_CLAIM = Claim()
 
 
+class Held(NamedTuple):
+    """What this router's journeys occupy on one worker.
+
+    Prompts there or on their way: how many, their tokens, and the sum of the squares of those, which their attention grows
+    with; the first of them is at work since `since`. `running` requests hold `context_tokens`; of them `coming` still have
+    their prompts computed elsewhere, which have `coming_tokens`.
+    """
+
+    prefills: int = 0
+    prefill_tokens: int = 0
+    prefill_squares: int = 0
+    since: float = 0.0
+    running: int = 0
+    context_tokens: int = 0
+    coming: int = 0
+    coming_tokens: int = 0
+
+
+NOTHING = Held()
+
+
 class Claims:
     """This router's own in-flight work by worker, newer than any report: a burst does not herd onto one worker."""
 
     def __init__(self) -> None:
-        self._prefill_tokens: dict[str, int] = {}
-        self._prefills: dict[str, int] = {}
-        self._running: dict[str, int] = {}
-        self._context: dict[str, int] = {}
+        self._held: dict[str, Held] = {}
 
-    def swap(self, old: Claim, new: Claim) -> None:
+    def swap(self, old: Claim, new: Claim, now: float = 0.0) -> None:
         """A journey left `old` and occupies `new`."""
-        self._add(old, -1)
-        self._add(new, +1)
+        self._add(old, -1, now)
+        self._add(new, +1, now)
+
+    def held(self, worker: str) -> Held:
+        return self._held.get(worker, NOTHING)
+
+    def all_held(self) -> Mapping[str, Held]:
+        """As it is now."""
+        return dict(self._held)
 
     def prefill_tokens(self, worker: str) -> int:
-        return self._prefill_tokens.get(worker, 0)
+        return self.held(worker).prefill_tokens
 
     def prefills(self, worker: str) -> int:
-        return self._prefills.get(worker, 0)
+        return self.held(worker).prefills
 
     def running(self, worker: str) -> int:
-        return self._running.get(worker, 0)
+        return self.held(worker).running
 
     def context_tokens(self, worker: str) -> int:
-        return self._context.get(worker, 0)
+        return self.held(worker).context_tokens
 
     def is_empty(self) -> bool:
-        return not (self._prefill_tokens or self._prefills or self._running or self._context)
+        return not self._held
 
-    def _add(self, claim: Claim, sign: int) -> None:
+    def _add(self, claim: Claim, sign: int, now: float) -> None:
+        tokens = claim.prefill_tokens
         if claim.prefill is not None:
-            _count(self._prefill_tokens, claim.prefill, sign * claim.prefill_tokens)
-            _count(self._prefills, claim.prefill, sign)
+            held = self.held(claim.prefill)
+            at_work = sign > 0 and held.prefills > 0  # the first one still is; else another one begins
+            self._keep(
+                claim.prefill,
+                held._replace(
+                    prefills=held.prefills + sign,
+                    prefill_tokens=held.prefill_tokens + sign * tokens,
+                    prefill_squares=held.prefill_squares + sign * tokens * tokens,
+                    since=held.since if at_work else now,
+                ),
+            )
         if claim.decode is not None:
-            _count(self._running, claim.decode, sign)
-            _count(self._context, claim.decode, sign * claim.context_tokens)
+            held, comes = self.held(claim.decode), sign * (claim.prefill is not None and claim.prefill != claim.decode)
+            self._keep(
+                claim.decode,
+                held._replace(
+                    running=held.running + sign,
+                    context_tokens=held.context_tokens + sign * claim.context_tokens,
+                    coming=held.coming + comes,
+                    coming_tokens=held.coming_tokens + comes * tokens,
+                ),
+            )
 
-
-def _count(table: dict[str, int], worker: str, amount: int) -> None:
-    total = table.get(worker, 0) + amount
-    assert total >= 0, "a claim was given back twice"
-    if total:
-        table[worker] = total
-    else:
-        table.pop(worker, None)
+    def _keep(self, worker: str, held: Held) -> None:
+        assert min(held.prefills, held.prefill_tokens, held.running, held.coming) >= 0, "a claim was given back twice"
+        if held.prefills or held.running:
+            self._held[worker] = held
+        else:
+            self._held.pop(worker, None)

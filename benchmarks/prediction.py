@@ -1,0 +1,134 @@
+"""How far off the router's predictions are: a real split cluster under open-loop load, asked afterwards about every request.
+
+Claims (issue "The router"): relative error of the predicted TTFT and TPOT against what came, median at most 15 %, 90th
+percentile at most 40 %. Both count from the decision that placed the request. Requests arrive as a Poisson process; prompts and
+answers have long-tailed lengths, as conversations do; nothing is shared, so that every prompt is computed. The rate keeps the
+prefill worker busy for a given part of the time, by what prompts take it alone, one after another, at the start of the run.
+The first seconds of load are not counted: workers and router learn from them.
+
+    python -m benchmarks.prediction [--quick] [--json FILE] [--load SHARE] [--dump FILE]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.closed_loop import FIRST_TOKEN_ID, LAST_TOKEN_ID
+from benchmarks.clusters import tandem
+from benchmarks.rows import Row, arguments, report
+from cli.load import arrivals
+from core.latency import percentile
+from tandem import AsyncClient, Explanation, Result, SamplingParams, TandemError
+
+SPLIT = ("--prefill", "1", "--decode", "1", "--launcher", "local")
+CONFIG = "engine: {threads: 1}\nrouter: {policy: goodput}\n"
+WARM_S = 15.0
+PROBES = 12
+PROMPT_TOKENS, PROMPT_SPREAD, PROMPT_MAX = 220.0, 0.8, 900
+ANSWER_TOKENS, ANSWER_SPREAD, ANSWER_MAX = 60.0, 0.6, 240
+BARS = {"p50": 0.15, "p90": 0.40}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    request_id: str
+    due_s: float
+    prompt: list[int]
+    max_tokens: int
+
+
+def load(rate: float, seconds: float, seed: int) -> list[Asked]:
+    """Log-normal lengths, Poisson arrivals."""
+    rng = random.Random(seed)
+    made = []
+    for number, due_s in enumerate(arrivals(rate, True, rng)):
+        if due_s >= seconds:
+            break
+        prompt_tokens = min(PROMPT_MAX, max(16, round(PROMPT_TOKENS * rng.lognormvariate(0, PROMPT_SPREAD))))
+        max_tokens = min(ANSWER_MAX, max(4, round(ANSWER_TOKENS * rng.lognormvariate(0, ANSWER_SPREAD))))
+        prompt = [rng.randint(FIRST_TOKEN_ID, LAST_TOKEN_ID) for _ in range(prompt_tokens)]
+        made.append(Asked(f"r{seed}-{number}", due_s, prompt, max_tokens))
+    return made
+
+
+async def ask(client: AsyncClient, request: Asked) -> Result:
+    params = SamplingParams(max_tokens=request.max_tokens, temperature=0.0, ignore_eos=True)
+    return await client.generate(request.prompt, params, request_id=request.request_id)
+
+
+async def rate_for(address: str, share: float) -> float:
+    """Requests per second that keep the prefill worker busy for `share` of the time."""
+    async with AsyncClient(address) as client:
+        alone = [await ask(client, request) for request in load(2.0, PROBES, seed=0)[:PROBES]]
+    return share / (sum(result.timing.prefill_s for result in alone) / len(alone))
+
+
+async def drive(address: str, asked: list[Asked]) -> list[Explanation]:
+    """Sends each request when it is due; returns what the router says of those due after the warm-up.
+
+    Raises what a request fails with: at these rates none has to."""
+    async with AsyncClient(address) as client:
+        start = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for request in asked:
+                await asyncio.sleep(max(0.0, start + request.due_s - time.monotonic()))
+                group.create_task(ask(client, request))
+        return [await client.explain(request.request_id) for request in asked if request.due_s >= WARM_S]
+
+
+def errors(known: list[Explanation]) -> dict[str, list[float]]:
+    """Signed: (predicted − actual) / actual, of requests that stayed where they were placed."""
+    found: dict[str, list[float]] = {"ttft": [], "tpot": []}
+    for one in known:
+        outcome, last = one.outcome, one.decisions[-1]
+        if outcome is None or outcome.failovers or not last.candidates:
+            continue
+        chosen = last.candidates[0]
+        found["ttft"].append(chosen.ttft_s / (outcome.timing.ttft_s - last.at_s) - 1)
+        if outcome.timing.tpot_s > 0:
+            found["tpot"].append(chosen.tpot_s / outcome.timing.tpot_s - 1)
+    return found
+
+
+def rows(known: list[Explanation], how: str) -> list[Row]:
+    made = []
+    for name, signed in errors(known).items():
+        off = sorted(map(abs, signed))
+        for share, percent in (("p50", 50), ("p90", 90)):
+            claim = f"{name.upper()}: |predicted − actual| / actual, {share}"
+            made.append(Row(f"{name}.{share}", claim, percentile(off, percent), "", BARS[share], "<=", "what came", how))
+        bias = percentile(sorted(signed), 50)
+        claim = f"{name.upper()}: median of (predicted − actual) / actual"
+        made.append(Row(f"{name}.bias", claim, bias, "", None, "<=", "", how))
+    return made
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--load", type=float, default=0.5, help="part of the time that prefill is busy")
+    parser.add_argument("--dump", type=Path, help="write every explanation to this file")
+    options = parser.parse_args()
+    seconds = WARM_S + (30.0 if options.quick else 120.0)
+    with tandem(*SPLIT, config=CONFIG) as cluster:
+        try:
+            rate = asyncio.run(rate_for(cluster.grpc, options.load))
+            known = asyncio.run(drive(cluster.grpc, load(rate, seconds, seed=1)))
+        except* TandemError as failed:
+            raise failed.exceptions[0] from None
+    how = (
+        f"{len(known)} requests, Poisson at {rate:.2f}/s ({options.load:.0%} load), 1 prefill + 1 decode worker, 1 thread each"
+    )
+    if options.dump:
+        options.dump.write_text(json.dumps([asdict(one) for one in known]))
+    report(rows(known, how), options.json)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
