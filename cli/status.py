@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from cluster.report import ClusterSnapshot, Member
 
-SILENT_S = 2.0
+SILENT_S = 3.0  # heartbeats come every two
 PIPED_WIDTH = 120
 _COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "dead": "red"}
 
@@ -68,7 +68,7 @@ def _show(snapshot: ClusterSnapshot) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("worker", "state", "epoch", "pid", "gRPC"):
+    for name in ("worker", "role", "state", "epoch", "pid", "gRPC"):
         table.add_column(name, no_wrap=True)
     for name in ("runs", "waits", "KV blocks", "leases"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -77,6 +77,7 @@ def _show(snapshot: ClusterSnapshot) -> None:
         silent = " (silent)" if member.age_s > SILENT_S and report.state.value == "ready" else ""
         table.add_row(
             report.worker_id,
+            report.role.value,
             f"[{_COLOURS[report.state.value]}]{report.state.value}{silent}[/]",
             str(report.epoch),
             str(report.pid or ""),
@@ -90,5 +91,7 @@ def _show(snapshot: ClusterSnapshot) -> None:
     console.print(f"[bold]{snapshot.model}[/] · tandem {snapshot.tandem_version}")
     console.print(table)
     for member in snapshot.members:
+        if (proposal := member.report.proposal) is not None:
+            console.print(f"{member.report.worker_id} proposes {proposal.role.value} for {proposal.target}: {proposal.reason}")
         if member.report.state.value == "dead":
             console.print(f"[red]{member.report.worker_id}[/] is dead: {member.report.detail}")

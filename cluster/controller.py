@@ -17,7 +17,7 @@ from core.clock import Clock, SystemClock
 from core.config import ClusterConfig, Config
 from core.errors import ConfigError, NotFoundError
 from core.hostspec import HostSpec
-from core.report import WorkerReport, WorkerState
+from core.report import RoleProposal, WorkerReport, WorkerState
 from core.request import WorkerRole
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ class Controller:
             self._keep_address(report)
             self._reconciler.ready(report.worker_id, report.epoch, now)
             self._wake.set()
+        if report.proposal is not None and self._config.cluster.role_changes == "auto":
+            self._follow(report.proposal)
         if report.state is WorkerState.DRAINING and report.idle:
             self._reconciler.drained(report.worker_id, report.epoch, now)
             self._wake.set()
@@ -125,6 +127,14 @@ class Controller:
             raise ConfigError(refusal)
         log.info("%s is to play %s instead of %s", target, role.value, report.role.value)
         return f"{target} plays {role.value} within {self._config.cluster.heartbeat_s:g} s and keeps what it holds"
+
+    def _follow(self, proposal: RoleProposal) -> None:
+        """A router says the same until it sees it done, or something changes; what cannot be is not done."""
+        worker = self.snapshot().find(proposal.target)
+        if worker is None or self._reconciler.role_of(worker.worker_id, worker.epoch) is proposal.role:
+            return
+        refusal = self._reconciler.set_role(proposal.target, proposal.role)
+        log.info("%s to %s, as %s: %s", proposal.target, proposal.role.value, proposal.reason, refusal or "done")
 
     def drain(self, target: str, deadline_s: float) -> str:
         """Asks one worker to finish within `deadline_s` and starts its successor. Raises NotFoundError, ConfigError."""

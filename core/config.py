@@ -94,7 +94,8 @@ class StoreConfig(_Branch):
     policy: Literal["lru", "lfu", "cost"] = "lru"
     """What is evicted first."""
     tenant_share: float = Field(1.0, gt=0, le=1)
-    """Part of a store node's memory that one tenant's blocks may fill once others want it; workers: `engine.tenant_share`."""
+    """Part of a store node's memory, and of its disk, that one tenant's blocks may fill once others want the room.
+    Workers have `engine.tenant_share`."""
     pinned_share: float = Field(0.5, ge=0, le=1)
     """Part of a node's blocks that operators may pin (`tandem kv pin`); workers keep room for the longest request besides."""
     offer: bool = True
@@ -206,6 +207,8 @@ class ClusterConfig(_Branch):
     prefill: int = Field(1, ge=0)
     decode: int = Field(1, ge=0)
     colocated: int = Field(0, ge=0)
+    role_changes: Literal["off", "auto"] = "off"
+    """`auto`: workers change sides when a router proposes it; `off`: proposals are shown, `tandem role` does it by hand."""
     admin: str = "127.0.0.1:0"
     grace_s: float = Field(10.0, ge=0)
     heartbeat_s: float = Field(2.0, gt=0)

@@ -28,6 +28,14 @@ class ModelFacts(NamedTuple):
     path: str = ""
 
 
+class RoleProposal(NamedTuple):
+    """A router's view: `target` would be of more use as `role`."""
+
+    target: str
+    role: WorkerRole
+    reason: str
+
+
 NO_BLOCKS = BlockCounts(0, 0, 0, 0)
 
 
@@ -58,6 +66,8 @@ class WorkerReport:
     """What its steps cost, once it has seen enough of them."""
     layout: KvLayout | None = None
     model: ModelFacts | None = None
+    proposal: RoleProposal | None = None
+    """Of routers."""
     progress: float = 0.0
     """Of starting, 0 to 1."""
     detail: str = ""

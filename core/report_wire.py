@@ -5,7 +5,7 @@ from __future__ import annotations
 from core import wire
 from core.errors import InvalidRequestError
 from core.inventory import BlockCounts
-from core.report import ModelFacts, WorkerReport, WorkerState
+from core.report import ModelFacts, RoleProposal, WorkerReport, WorkerState
 from tandem.v1 import cluster_pb2 as pb
 
 _STATE = {
@@ -39,6 +39,7 @@ def report_to_pb(report: WorkerReport) -> pb.WorkerReport:
         step_cost=wire.fit_to_pb(report.step_cost) if report.step_cost else None,
         layout=wire.layout_to_pb(report.layout) if report.layout else None,
         model=pb.ModelInfo(**report.model._asdict()) if report.model else None,
+        proposal=_proposal_to_pb(report.proposal) if report.proposal else None,
         progress=report.progress,
         detail=report.detail,
     )
@@ -71,6 +72,15 @@ def report_from_pb(message: pb.WorkerReport) -> WorkerReport:
         step_cost=wire.fit_from_pb(message.step_cost) if message.HasField("step_cost") else None,
         layout=wire.layout_from_pb(message.layout) if message.HasField("layout") else None,
         model=ModelFacts(model.name, model.max_model_len, model.vocab_size, model.path) if message.HasField("model") else None,
+        proposal=_proposal_from_pb(message.proposal) if message.HasField("proposal") else None,
         progress=message.progress,
         detail=message.detail,
     )
+
+
+def _proposal_to_pb(proposal: RoleProposal) -> pb.RoleProposal:
+    return pb.RoleProposal(target=proposal.target, role=wire.role_to_pb(proposal.role), reason=proposal.reason)
+
+
+def _proposal_from_pb(message: pb.RoleProposal) -> RoleProposal:
+    return RoleProposal(message.target, wire.role_from_pb(message.role), message.reason)

@@ -33,6 +33,7 @@ from router.metrics import PriorMetrics, RouterMetrics, RouterStats
 from router.modelcard import VERSION_UNKNOWN, ModelKnowledge
 from router.placing import Placer
 from router.policies import make_policy
+from router.pressure import RoleAdvisor
 from router.prior import Prior
 from router.service import InferenceServicer, StatusServicer
 from router.slo import TermsOf
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 
 SERVER_GRACE_S = 0.5
 GRACE_SHARE = 0.8
+ASSUMED_TTFT_S, ASSUMED_TBT_S = 5.0, 0.25  # of a default class without limits, for the proposal of roles alone
 """Of the grace time, for requests to finish; the rest is for leaving orderly."""
 
 
@@ -100,6 +102,8 @@ class Router:
             self._registry.register(PriorMetrics(self._prior))
         self._watch = Watch(spec.controller, spec.worker_id, self._follow)
         self._said = first_report(spec)
+        limits = config.classes[config.default_class]
+        self._advisor = RoleAdvisor(limits.ttft_s or ASSUMED_TTFT_S, limits.tbt_s or ASSUMED_TBT_S)
         self._reporter = Reporter(spec, self._report, lambda deadline_s: self._drain.set())
         self._drain = asyncio.Event()
         self._changed = asyncio.Event()
@@ -171,7 +175,13 @@ class Router:
         state = self._said.state
         if state is WorkerState.STARTING and self.frontend.ready():
             state = WorkerState.READY
-        self._said = replace(self._said, state=state, running=self.frontend.live, waiting=len(self.dispatcher.queue))
+        self._said = replace(
+            self._said,
+            state=state,
+            running=self.frontend.live,
+            waiting=len(self.dispatcher.queue),
+            proposal=self._advisor.advise(self.dispatcher.situation(), self._clock.now()),
+        )
         return self._said
 
     async def _finish(self, server: GrpcServer) -> None:

@@ -22,12 +22,13 @@ from cluster.service import ClusterServicer, cluster_registration
 from cluster.wire import snapshot_from_pb
 from core.config import load
 from core.errors import ConfigError
-from core.report import WorkerReport, WorkerState
+from core.report import RoleProposal, WorkerReport, WorkerState
 from core.report_wire import report_to_pb
 from core.request import WorkerRole
 from core.service import serve
 from tandem.v1 import cluster_pb2 as pb
 from tandem.v1 import cluster_pb2_grpc as stubs
+from tandem.v1 import common_pb2
 
 HOST = Path(__file__).with_name("trivial_host.py")
 DEADLINE_S = 30.0
@@ -113,6 +114,33 @@ async def test_a_silent_worker_is_killed_and_replaced() -> None:
         await running.until(lambda s: report_of(s, "prefill-0").epoch == 2 and "prefill-0" in ready(s))
         with pytest.raises(ProcessLookupError):
             os.kill(report_of(snapshot, "prefill-0").pid, 0)
+
+
+async def test_a_worker_takes_the_role_that_an_operator_gives_it() -> None:
+    async with cluster(cluster__prefill=2) as running:
+        await running.until(lambda s: len(ready(s)) == 4)
+        request = pb.SetRoleRequest(target="prefill-1", role=common_pb2.WORKER_ROLE_DECODE)
+        answer = await running.stub.SetRole(request)
+        assert answer.found
+        assert "keeps what it holds" in answer.detail
+        snapshot = await running.until(lambda s: report_of(s, "prefill-1").role is WorkerRole.DECODE)
+        assert (report_of(snapshot, "prefill-1").epoch, len(ready(snapshot))) == (1, 4), "nobody was replaced"
+        assert "already" in (await running.stub.SetRole(request)).detail
+        assert not (await running.stub.SetRole(pb.SetRoleRequest(target="nobody", role=2))).found
+        for target, role in (("prefill-0", common_pb2.WORKER_ROLE_DECODE), ("prefill-0", 0), ("router-0", 2)):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await running.stub.SetRole(pb.SetRoleRequest(target=target, role=role))
+
+
+@pytest.mark.parametrize(("obeys", "plays"), [("auto", WorkerRole.DECODE), ("off", WorkerRole.PREFILL)])
+async def test_a_router_proposes_roles_and_the_controller_decides(obeys: str, plays: WorkerRole) -> None:
+    async with cluster(cluster__prefill=2, cluster__role_changes=obeys, model__name="propose:prefill-1") as running:
+        snapshot = await running.until(
+            lambda s: len(ready(s)) == 4 and report_of(s, "router-0").proposal and report_of(s, "router-0").sequence > 5
+        )
+        snapshot = await running.until(lambda s: report_of(s, "prefill-1").role is plays)
+        assert report_of(snapshot, "prefill-1").epoch == 1
+        assert report_of(snapshot, "router-0").proposal == RoleProposal("prefill-1", WorkerRole.DECODE, "a test")
 
 
 async def test_an_operator_drains_a_worker_and_ends_the_cluster() -> None:

@@ -1,7 +1,8 @@
 """A host with no model: reports like a worker, so that launching, watching and ending can be tested in milliseconds.
 
 Its behaviour hangs on `model.name` of its configuration: "fail" is a mistake of the operator, "crash" a bug, "hang" ignores
-every request to stop, "shm:PATH" leaves a file while it runs and removes it when it ends in order.
+every request to stop, "shm:PATH" leaves a file while it runs and removes it when it ends in order, "propose:WORKER" has the
+router propose that this worker decodes.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import grpc
 from cluster.host import run_child
 from core.errors import ConfigError
 from core.hostspec import HostSpec
-from core.report import WorkerReport, WorkerState
+from core.report import RoleProposal, WorkerReport, WorkerState
 from core.report_wire import report_to_pb
 from core.request import WorkerRole
+from core.wire import role_from_pb
 from tandem.v1 import cluster_pb2 as pb
 from tandem.v1 import cluster_pb2_grpc as stubs
 
@@ -48,7 +50,9 @@ async def run(spec: HostSpec, stop: asyncio.Event) -> None:
 
 
 async def _report(spec: HostSpec) -> None:
-    router = spec.role is WorkerRole.ROUTER
+    router, role = spec.role is WorkerRole.ROUTER, spec.role
+    verb, _, target = spec.config.model.name.partition(":")
+    proposal = RoleProposal(target, WorkerRole.DECODE, "a test") if router and verb == "propose" else None
 
     async def messages() -> AsyncIterator[pb.WorkerReport]:
         sequence = 0
@@ -57,7 +61,8 @@ async def _report(spec: HostSpec) -> None:
             yield report_to_pb(
                 WorkerReport(
                     worker_id=spec.worker_id,
-                    role=spec.role,
+                    role=role,
+                    proposal=proposal,
                     epoch=spec.epoch,
                     sequence=sequence,
                     state=WorkerState.READY,
@@ -72,8 +77,8 @@ async def _report(spec: HostSpec) -> None:
         return
     with contextlib.suppress(grpc.RpcError):
         async with grpc.aio.insecure_channel(spec.controller) as channel:
-            async for _ in stubs.ClusterStub(channel).Report(messages()):  # type: ignore[no-untyped-call]
-                pass
+            async for reply in stubs.ClusterStub(channel).Report(messages()):  # type: ignore[no-untyped-call]
+                role = role_from_pb(reply.role) if reply.role else role
 
 
 if __name__ == "__main__":
