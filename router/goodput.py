@@ -66,9 +66,9 @@ class Goodput(Scored):
         may_prefill = prefill.allowed(need.avoid) & window_open(prefill, need.tokens)
         may_decode = decode.allowed(need.avoid) & _has_room(decode, need)
         split = _Split(situation, need)
-        first = _best(split.queue_s + split.prefill_s, may_prefill)
+        first = _best(split.ttft_s, may_prefill)
         then = _best(split.gap_s + 1e-9 * decode.running, may_decode)
-        return [split.of(p, d) for p in first for d in then]
+        return [split.of(p, d) for p, d in split.best(first, then)]
 
     def _wholes(self, situation: Situation, need: Need) -> list[Forecast]:
         """Everything on one worker: a colocated one, or a decode worker when its prefill beside decodes harms nobody."""
@@ -108,9 +108,27 @@ class _Split:
         self._new = need.tokens - cached
         self.queue_s = self._prefill.queue_s(need.now)
         self.prefill_s = self._prefill.prefill_s(self._new, cached)
+        self.ttft_s = self._prefill.corrections.overhead_s + self.queue_s + self.prefill_s
         rows, context = _met_there(situation, need, float((self.queue_s + self.prefill_s).min()))
         self.gap_s = self._decode.gap_of_s(rows + 1.0, context + need.tokens + need.output_tokens / 2)
         self._harmed = _harmed(self._decode, self._decode.gap_of_s(rows, context), self.gap_s, need)
+
+    def best(self, first: list[int], then: list[int]) -> list[tuple[int, int]]:
+        """Of all pairs of these rows the BEST_OF_EACH that `_rank` puts first, in columns: making each of them costs more."""
+        need, p, d = self._need, np.array(first, dtype=np.int64), np.array(then, dtype=np.int64)[:, None]
+        ttft_s = self.ttft_s[p]
+        exposed_s = self._link.latency_s + np.minimum(self._new[p], CHUNK_TOKENS) * self._token_bytes / self._link.bytes_per_s
+        exposed_s = exposed_s + self._decode.corrections.join_s[d]
+        gap_s = self.gap_s[d] + exposed_s / max(1.0, need.output_tokens / 10)
+        missed, over = self._harmed[d] + np.zeros(p.size), np.zeros(gap_s.shape)
+        for predicted_s, limit_s in ((ttft_s, _ttft_limit_s(need)), (gap_s, _gap_limit_s(need))):
+            if limit_s is not None:
+                missed += predicted_s > limit_s
+                over += np.maximum(predicted_s / limit_s - 1, 0.0)
+        total_s = ttft_s + need.output_tokens * gap_s
+        load = self._prefill.waiting_tokens[p] + self._decode.running[d]
+        order = np.lexsort((load.ravel(), total_s.ravel(), over.ravel(), missed.ravel()))[:BEST_OF_EACH]
+        return [(first[n % p.size], then[n // p.size]) for n in order.tolist()]
 
     def of(self, p: int, d: int) -> Forecast:
         prefill, decode, need = self._prefill, self._decode, self._need
@@ -200,7 +218,7 @@ def _best(score: Column, mask: Mask) -> list[int]:
     rows = np.flatnonzero(mask)
     if rows.size > BEST_OF_EACH:
         rows = rows[np.argpartition(score[rows], BEST_OF_EACH - 1)[:BEST_OF_EACH]]
-    return [int(row) for row in rows]
+    return sorted(rows.tolist())  # ties go by name
 
 
 def _gap_limit_s(need: Need) -> float | None:
@@ -208,12 +226,15 @@ def _gap_limit_s(need: Need) -> float | None:
     return NEAR * min(limits) if limits else None
 
 
+def _ttft_limit_s(need: Need) -> float | None:
+    return need.slo.ttft_s and NEAR * need.slo.ttft_s
+
+
 def _rank(forecast: Forecast, need: Need) -> tuple[float, float, float, float, str]:
     """Requests that miss a limit, then by how much this one does, then the time until its last token."""
-    gap_limit_s, ttft_limit_s = _gap_limit_s(need), need.slo.ttft_s
     over = 0.0
     missed = forecast.harmed
-    for predicted_s, limit_s in ((forecast.ttft_s, ttft_limit_s and NEAR * ttft_limit_s), (forecast.gap_s, gap_limit_s)):
+    for predicted_s, limit_s in ((forecast.ttft_s, _ttft_limit_s(need)), (forecast.gap_s, _gap_limit_s(need))):
         if limit_s is not None and predicted_s > limit_s:
             missed += 1
             over += predicted_s / limit_s - 1

@@ -1,7 +1,8 @@
-"""A map from block keys to small numbers, thousands of keys at a time: open addressing in arrays. Deciding code.
+"""A map from block keys to small numbers, thousands of keys at a time: buckets of a cache line, in arrays. Deciding code.
 
-A dict of a million keys costs three cache misses per lookup, one after another; here the misses of a whole prompt overlap.
-Keys are taken by their first 64 bits, which is enough for a hint.
+A dict of a million keys costs three cache misses per lookup, one after another; here a key is in one line of memory, nearly
+always the first that is looked at, and the misses of a whole prompt overlap. Keys are taken by their first 64 bits, which is
+enough for a hint.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ Places = npt.NDArray[np.int64]
 
 NOTHING = 0
 """The value of a key that is not in the table."""
+BUCKET = 8
+"""Places of a bucket: a cache line of keys. The last one is filled last; once it is, keys may have gone to the next bucket."""
+DROPPED_SHARE = 8  # of a full table an eighth, the oldest, makes room at once
 _EMPTY, _DELETED = np.uint64(0), np.uint64(1)
 _LOWEST = np.uint64(2)
-_SIZE_MIN = 1024
-DROPPED_SHARE = 8  # of a full table an eighth, the oldest, makes room at once
+_BUCKETS_MIN = 256
+_FILLED = 0.55  # places in use, above which the table grows
+_CLOSED = 0.25  # buckets whose last place was used, above which it is tidied
+_INSERT_KEYS = 16_384  # at once, for the sake of memory
 
 
 def short_keys(keys: Sequence[BlockKey]) -> Keys:
@@ -42,9 +48,8 @@ class KeyTable:
     def __init__(self, keys_max: int) -> None:
         assert keys_max >= DROPPED_SHARE
         self._keys_max = keys_max
-        self._live = 0
         self._puts = 0
-        self._reset(_SIZE_MIN)
+        self._reset(_BUCKETS_MIN)
 
     def __len__(self) -> int:
         return self._live
@@ -53,13 +58,35 @@ class KeyTable:
     def nbytes(self) -> int:
         return self._keys.nbytes + self._values.nbytes + self._stamps.nbytes
 
-    def get(self, keys: Keys) -> Values:
-        """The value of each key, NOTHING where there is none."""
-        return self.at(self.find(keys))
+    def find(self, keys: Keys) -> Places:
+        """Where each key is, −1 where it is not; true until the next `put`."""
+        places = np.full(keys.size, -1, dtype=np.int64)
+        at = (keys & self._mask).view(np.int64)
+        open_ = None
+        while at.size:
+            lines = self._lines.take(at, axis=0)
+            hits = np.flatnonzero(lines == keys[:, None])
+            rows = hits >> 3
+            found = (at[rows] << 3) | (hits & (BUCKET - 1))
+            goes_on = lines[:, BUCKET - 1] != _EMPTY
+            goes_on[rows] = False
+            if open_ is None:
+                places[rows] = found
+                open_ = np.flatnonzero(goes_on)
+                keys, at = keys[open_], at[open_]
+            else:
+                places[open_[rows]] = found
+                open_, keys, at = open_[goes_on], keys[goes_on], at[goes_on]
+            at = (at + 1) & np.int64(self._mask)
+        return places
 
     def at(self, places: Places) -> Values:
         """The values at places that `find` gave."""
-        return np.where(places >= 0, self._values[places], np.uint32(NOTHING))
+        return np.where(places >= 0, self._values.take(places, mode="wrap"), np.uint32(NOTHING))
+
+    def get(self, keys: Keys) -> Values:
+        """The value of each key, NOTHING where there is none."""
+        return self.at(self.find(keys))
 
     def put(self, keys: Keys, values: Values, places: Places | None = None) -> None:
         """Sets the values; NOTHING removes. A key that comes twice has the same value twice. `places`: of `find`, just now."""
@@ -67,24 +94,20 @@ class KeyTable:
             places = self.find(keys)
         known = places >= 0
         self._values[places[known]] = values[known]
-        gone = np.unique(places[known & (values == NOTHING)])
-        self._keys[gone] = _DELETED
-        self._live -= gone.size
-        new = ~known & (values != NOTHING)
-        if new.any():
-            self._make_room(int(new.sum()))
-            self._insert(keys[new], values[new], np.full(int(new.sum()), self._puts, dtype=np.uint32))
+        self._remove(np.unique(places[known & (values == NOTHING)]))
+        new = np.flatnonzero(~known & (values != NOTHING))
+        if new.size:
+            self._make_room(new.size)
+            self._insert(keys[new], values[new], np.full(new.size, self._puts, dtype=np.uint32))
             self._puts += 1
             if self._live > self._keys_max:
                 self._drop_oldest()
 
     def replace_values(self, changed: Values) -> None:
         """Every value v becomes `changed[v]`; NOTHING removes."""
-        live = self._keys > _DELETED
-        self._values[live] = changed[self._values[live]]
-        gone = live & (self._values == NOTHING)
-        self._keys[gone] = _DELETED
-        self._live -= int(gone.sum())
+        live = np.flatnonzero(self._keys > _DELETED)
+        self._values[live] = values = changed[self._values[live]]
+        self._remove(live[values == NOTHING])
 
     def values_in_use(self, count: int) -> npt.NDArray[np.bool_]:
         """For each value below `count`, whether a key has it."""
@@ -92,74 +115,66 @@ class KeyTable:
         used[self._values[self._keys > _DELETED]] = True
         return used
 
-    def find(self, keys: Keys) -> Places:
-        """Where each key is, −1 where it is not; true until the next `put`."""
-        mask = np.uint64(self._keys.size - 1)
-        at = (keys & mask).view(np.int64)
-        found = self._keys.take(at)
-        same = found == keys
-        places = np.where(same, at, np.int64(-1))
-        open_ = np.flatnonzero(~same & (found != _EMPTY))
-        wanted, at = keys[open_], at[open_]
-        while open_.size:
-            at = (at + 1) & np.int64(mask)
-            found = self._keys.take(at)
-            same = found == wanted
-            places[open_[same]] = at[same]
-            rest = np.flatnonzero(~same & (found != _EMPTY))
-            open_, wanted, at = open_[rest], wanted[rest], at[rest]
-        return places
-
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _reset(self, size: int) -> None:
-        self._keys = np.zeros(size, dtype=np.uint64)
-        self._values = np.zeros(size, dtype=np.uint32)
-        self._stamps = np.zeros(size, dtype=np.uint32)
-        self._used = 0  # places that are not empty, deleted ones included
+    def _reset(self, buckets: int) -> None:
+        self._lines = np.zeros((buckets, BUCKET), dtype=np.uint64)
+        self._keys = self._lines.reshape(-1)
+        self._values = np.zeros(buckets * BUCKET, dtype=np.uint32)
+        self._stamps = np.zeros(buckets * BUCKET, dtype=np.uint32)
+        self._mask = np.uint64(buckets - 1)
+        self._closed = 0
         self._live = 0
+
+    def _remove(self, places: Places) -> None:
+        """A key that may have others behind it leaves a mark, so that they are still found."""
+        open_ = self._lines[places >> 3, BUCKET - 1] == _EMPTY
+        self._keys[places] = np.where(open_, _EMPTY, _DELETED)
+        self._live -= places.size
 
     def _insert(self, keys: Keys, values: Values, stamps: Values) -> None:
         """Of keys that are not in the table, into a table with room."""
-        mask = np.int64(self._keys.size - 1)
-        at = (keys & np.uint64(mask)).astype(np.int64)
+        for start in range(0, keys.size, _INSERT_KEYS):
+            part = slice(start, start + _INSERT_KEYS)
+            self._insert_part(keys[part], values[part], stamps[part])
+
+    def _insert_part(self, keys: Keys, values: Values, stamps: Values) -> None:
+        at = (keys & self._mask).view(np.int64)
         left = np.arange(keys.size)
         while left.size:
-            found = self._keys[at[left]]
-            left = left[found != keys[left]]  # it came twice
-            found = self._keys[at[left]]
-            free = np.flatnonzero(found <= _DELETED)
-            _, first = np.unique(at[left[free]], return_index=True)  # of several that want one place, one gets it
-            winners = left[free[first]]
-            places = at[winners]
-            self._used += int((self._keys[places] == _EMPTY).sum())
+            lines = self._lines.take(at[left], axis=0)
+            fresh = ~(lines == keys[left, None]).any(axis=1)  # it came twice
+            left, lines = left[fresh], lines[fresh]
+            free = lines <= _DELETED
+            first = free.argmax(axis=1)
+            room = free[np.arange(left.size), first]
+            wanted = left[room]
+            places, chosen = np.unique((at[wanted] << 3) | first[room], return_index=True)  # one of several gets a place
+            winners = wanted[chosen]
+            last = places[(places & (BUCKET - 1)) == BUCKET - 1]
+            self._closed += int((self._keys[last] == _EMPTY).sum())
             self._keys[places], self._values[places], self._stamps[places] = keys[winners], values[winners], stamps[winners]
             self._live += winners.size
-            taken = found > _DELETED
-            at[left[taken]] = (at[left[taken]] + 1) & mask
-            waiting = np.ones(left.size, dtype=np.bool_)  # who lost a race looks at the same place again
-            waiting[free[first]] = False
-            left = left[waiting]
+            at[left[~room]] = (at[left[~room]] + 1) & np.int64(self._mask)
+            waiting = np.ones(keys.size, dtype=np.bool_)  # who lost a race looks at the same bucket again
+            waiting[winners] = False
+            left = left[waiting[left]]
 
     def _make_room(self, more: int) -> None:
-        if 2 * (self._used + more) > self._keys.size:
-            size = self._keys.size
-            while 2 * (self._live + more) > size * 3 // 4:
-                size *= 2
-            self._rebuild(self._keys > _DELETED, size)
+        buckets = len(self._lines)
+        size = buckets
+        while self._live + more > _FILLED * BUCKET * size:
+            size *= 2
+        if size > buckets or self._closed > _CLOSED * buckets:
+            self._rebuild(size)
 
     def _drop_oldest(self) -> None:
-        live = self._keys > _DELETED
+        live = np.flatnonzero(self._keys > _DELETED)
         too_many = self._live - self._keys_max + self._keys_max // DROPPED_SHARE
-        stamps = self._stamps[live]
-        oldest = np.partition(stamps, too_many - 1)[too_many - 1]
-        kept = live & (self._stamps > oldest)
-        surplus = int(live.sum() - kept.sum()) - too_many  # put together with the last one dropped: some may stay
-        same = np.flatnonzero(live & (self._stamps == oldest))
-        kept[same[:surplus]] = True
-        self._rebuild(kept, self._keys.size)
+        self._remove(live[np.argpartition(self._stamps[live], too_many - 1)[:too_many]])
 
-    def _rebuild(self, kept: npt.NDArray[np.bool_], size: int) -> None:
-        keys, values, stamps = self._keys[kept], self._values[kept], self._stamps[kept]
-        self._reset(size)
+    def _rebuild(self, buckets: int) -> None:
+        live = np.flatnonzero(self._keys > _DELETED)
+        keys, values, stamps = self._keys[live], self._values[live], self._stamps[live]
+        self._reset(buckets)
         self._insert(keys, values, stamps)
