@@ -59,7 +59,7 @@ class GrpcTransport:
                     request = kv_pb2.ReadRequest(
                         key=key_to_pb(key),
                         epoch=source.epoch,
-                        blocks=[record_to_pb(record) for record in records[part]],
+                        blocks=[_asked(record, made) for record in records[part]],
                         codec="" if made is None else codec,
                     )
                     if made is None:
@@ -119,6 +119,13 @@ class GrpcTransport:
             await asyncio.shield(waiting)
         finally:
             await settled(waiting)
+
+
+def _asked(record: BlockRecord, codec: Codec | None) -> kv_pb2.BlockRecord:
+    """What a source needs to know of it: most of a record is for whoever receives the block, and each field takes its time."""
+    if codec is None:
+        return kv_pb2.BlockRecord(index=record.index, block_id=record.block_id, generation=record.generation)
+    return record_to_pb(record)
 
 
 class _Sink:

@@ -6,11 +6,10 @@ No chunk is handed out whose blocks changed before or while it was read: BlocksG
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 
 import numpy as np
 
-from core.blocks import BlockRecord
 from core.errors import DigestMismatchError
 from kvtransfer.arena import Arena
 from kvtransfer.codecs import Codec
@@ -22,42 +21,62 @@ from tandem.v1 import kv_pb2
 CHUNK_BYTES = 2**20
 
 
-def read_spans(arena: Arena, records: Sequence[BlockRecord], chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The blocks' bytes in the order of `records`, `chunk_bytes` to a ReadChunk message, fewer in the last."""
+class Asked:
+    """What a Read asks for, column by column: a block costs no object of its own."""
+
+    def __init__(self, blocks: Collection[tuple[int, int, int, int]]) -> None:
+        """`blocks`: (index, block id, generation, digest) of each."""
+        columns = tuple(zip(*blocks, strict=True)) or ((),) * 4
+        self.indices, self.block_ids, self.generations, self.digests = columns
+        self._ids = np.array(self.block_ids, np.intp)
+        self._generations = np.array(self.generations, np.uint64)
+
+    def __len__(self) -> int:
+        return len(self.block_ids)
+
+    def check_generations(self, arena: Arena, part: slice) -> None:
+        """Raises BlocksGoneError when blocks of `part` are others by now."""
+        changed = np.flatnonzero(arena.generations[self._ids[part]] != self._generations[part])
+        if changed.size:
+            raise BlocksGoneError([self.indices[part][place] for place in changed])
+
+
+def read_spans(arena: Arena, asked: Asked, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The blocks' bytes in the order asked for, `chunk_bytes` to a ReadChunk message, fewer in the last."""
     size = arena.block_bytes
     blocks = arena.bytes_view()
-    for start in range(0, len(records) * size, chunk_bytes):
-        stop = min(start + chunk_bytes, len(records) * size)
+    for start in range(0, len(asked) * size, chunk_bytes):
+        stop = min(start + chunk_bytes, len(asked) * size)
         first, last = start // size, (stop - 1) // size
-        touched = records[first : last + 1]
-        views = [blocks[record.block_id].data for record in touched]
+        touched = slice(first, last + 1)
+        views = [blocks[block].data for block in asked.block_ids[touched]]
         views[-1] = views[-1][: stop - last * size]
         views[0] = views[0][start - first * size :]
-        _check_generations(arena, touched)
+        asked.check_generations(arena, touched)
         chunk = b"".join([data_head(stop - start), *views])
-        _check_generations(arena, touched)
+        asked.check_generations(arena, touched)
         yield chunk
 
 
-async def read_encoded(arena: Arena, records: Sequence[BlockRecord], codec: Codec) -> AsyncIterator[kv_pb2.ReadChunk]:
+async def read_encoded(arena: Arena, asked: Asked, codec: Codec) -> AsyncIterator[kv_pb2.ReadChunk]:
     """The same through a codec, in a thread. Raises DigestMismatchError for bytes that are not the announced ones."""
     group_blocks = max(1, CHUNK_BYTES // arena.block_bytes)
-    for start in range(0, len(records), group_blocks):
-        group = records[start : start + group_blocks]
-        for chunk in _chunks(await asyncio.to_thread(_encode, arena, group, codec)):
+    for start in range(0, len(asked), group_blocks):
+        group = slice(start, start + group_blocks)
+        for chunk in _chunks(await asyncio.to_thread(_encode, arena, asked, group, codec)):
             yield chunk
 
 
-def _encode(arena: Arena, records: Sequence[BlockRecord], codec: Codec) -> list[Encoding]:
-    blocks = arena.bytes_view()
-    _check_generations(arena, records)
+def _encode(arena: Arena, asked: Asked, group: slice, codec: Codec) -> list[Encoding]:
+    blocks, block_ids = arena.bytes_view(), asked.block_ids[group]
+    asked.check_generations(arena, group)
     try:
-        check_before(codec, blocks, [(record.index, record.block_id, record.digest) for record in records])
+        check_before(codec, blocks, list(zip(asked.indices[group], block_ids, asked.digests[group], strict=True)))
     except DigestMismatchError:
-        _check_generations(arena, records)  # bytes of a later owner are not corrupted, they are another's
+        asked.check_generations(arena, group)  # bytes of a later owner are not corrupted, they are another's
         raise
-    encodings = encode_blocks(codec, blocks, [record.block_id for record in records])
-    _check_generations(arena, records)
+    encodings = encode_blocks(codec, blocks, block_ids)
+    asked.check_generations(arena, group)
     return encodings
 
 
@@ -66,10 +85,3 @@ def _chunks(encodings: Sequence[Encoding]) -> Iterator[kv_pb2.ReadChunk]:
     begins = [kv_pb2.Encoding(length=encoding.data.nbytes, digest=encoding.digest) for encoding in encodings]
     for start in range(0, len(joined), CHUNK_BYTES):
         yield kv_pb2.ReadChunk(data=joined[start : start + CHUNK_BYTES], begins=begins if not start else ())
-
-
-def _check_generations(arena: Arena, records: Sequence[BlockRecord]) -> None:
-    words = arena.generations
-    gone = [record.index for record in records if words[record.block_id] != np.uint64(record.generation)]
-    if gone:
-        raise BlocksGoneError(gone)

@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import grpc
 
 from core.blocks import BlockRecord
-from core.errors import InvalidRequestError, LeaseExpiredError, TransferError
-from core.wire import closing_to_pb, key_from_pb, record_from_pb, record_to_pb
+from core.errors import InvalidRequestError, LeaseExpiredError
+from core.wire import closing_to_pb, key_from_pb, record_to_pb
 from kvtransfer.codec import RAW
 from kvtransfer.exports import Exports
 from kvtransfer.follower import Follower
 from kvtransfer.handoff import ExportState, News
-from kvtransfer.reading import read_encoded, read_spans
+from kvtransfer.reading import Asked, read_encoded, read_spans
 from kvtransfer.rpc import abort
 from tandem.errors import TandemError
 from tandem.v1 import kv_pb2, kv_pb2_grpc
@@ -61,13 +61,13 @@ class KvServicer(kv_pb2_grpc.KvServicer):
 
     async def Read(self, request: kv_pb2.ReadRequest, context: _ReadContext) -> AsyncIterator[kv_pb2.ReadChunk | bytes]:
         try:
-            records = self._readable(request, context)
+            asked = self._readable(request, context)
             codec = self._exports.codecs.find(request.codec or RAW)
             if codec is None:
-                for chunk in read_spans(self._exports.arena, records):
+                for chunk in read_spans(self._exports.arena, asked):
                     yield chunk
                 return
-            async for encoded in read_encoded(self._exports.arena, records, codec):
+            async for encoded in read_encoded(self._exports.arena, asked, codec):
                 yield encoded
         except TandemError as error:
             await abort(context, error)
@@ -114,17 +114,15 @@ class KvServicer(kv_pb2_grpc.KvServicer):
             if news.ended is not None:
                 return
 
-    def _readable(self, request: kv_pb2.ReadRequest, context: _ReadContext) -> list[BlockRecord]:
+    def _readable(self, request: kv_pb2.ReadRequest, context: _ReadContext) -> Asked:
         if context.time_remaining() is None:
             raise InvalidRequestError("Read needs a deadline; set one on the call")
         if len(request.blocks) > READ_BLOCKS_MAX:
             raise InvalidRequestError(f"{len(request.blocks)} blocks in one Read; ask for at most {READ_BLOCKS_MAX}")
-        export = self._exports.find(key_from_pb(request.key), request.epoch)
-        records = [record_from_pb(message) for message in request.blocks]
-        unknown = [record.index for record in records if not export.offers(record)]
-        if unknown:
-            raise TransferError(f"blocks {unknown[:8]} of {export.key} were not announced by this worker")
-        return records
+        asked = Asked([(block.index, block.block_id, block.generation, block.digest) for block in request.blocks])
+        places = list(zip(asked.block_ids, asked.generations, strict=True))
+        self._exports.check_readable(key_from_pb(request.key), request.epoch, places)
+        return asked
 
 
 class _FollowerGone(Exception):

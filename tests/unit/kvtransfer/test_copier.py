@@ -14,7 +14,7 @@ from kvtransfer.arena import HostArena
 from kvtransfer.codec import digest_of
 from kvtransfer.copier import INLINE_BYTES_MAX, Copier, CopyJob, Memory
 from kvtransfer.raw_chunk import data_of
-from kvtransfer.reading import read_spans
+from kvtransfer.reading import Asked, read_spans
 from kvtransfer.transport import BlocksGoneError
 
 
@@ -80,17 +80,21 @@ def test_a_copy_told_to_stop_stops_at_a_span(arena):
     assert not copying.dest.any()
 
 
+def asked(records):
+    return Asked([(record.index, record.block_id, record.generation, record.digest) for record in records])
+
+
 @pytest.mark.parametrize("chunk_bytes", [1000, 600_000, 1_000_000, 2_400_000, 10**8])
 def test_reading_in_chunks_gives_every_byte_in_order(arena, chunk_bytes):
     records = offer(arena, [5, 1, 2, 7])
-    chunks = [bytes(data_of(message)) for message in read_spans(arena, records, chunk_bytes)]
+    chunks = [bytes(data_of(message)) for message in read_spans(arena, asked(records), chunk_bytes)]
     assert b"".join(chunks) == arena.bytes_view()[[5, 1, 2, 7]].tobytes()
     assert all(len(chunk) == chunk_bytes for chunk in chunks[:-1])
-    assert list(read_spans(arena, [], chunk_bytes)) == []
+    assert list(read_spans(arena, asked([]), chunk_bytes)) == []
 
 
 def test_a_chunk_of_blocks_that_changed_is_not_handed_out(arena):
-    reading = read_spans(arena, offer(arena, [5, 1, 2]), 700_000)
+    reading = read_spans(arena, asked(offer(arena, [5, 1, 2])), 700_000)
     next(reading)
     arena.generations[1] += np.uint64(1)
     with pytest.raises(BlocksGoneError) as caught:
