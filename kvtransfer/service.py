@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import grpc
 
-from core.blocks import BlockRecord
+from core.blocks import KEY_BYTES, BlockRecord
 from core.errors import InvalidRequestError, LeaseExpiredError
 from core.wire import closing_to_pb, key_from_pb, record_to_pb
 from kvtransfer.codec import RAW
@@ -119,6 +119,8 @@ class KvServicer(kv_pb2_grpc.KvServicer):
             raise InvalidRequestError("Read needs a deadline; set one on the call")
         if len(request.blocks) > READ_BLOCKS_MAX:
             raise InvalidRequestError(f"{len(request.blocks)} blocks in one Read; ask for at most {READ_BLOCKS_MAX}")
+        if any(len(block.key) not in (0, KEY_BYTES) for block in request.blocks):
+            raise InvalidRequestError(f"a block key has {KEY_BYTES} bytes or none")
         asked = Asked([(block.index, block.block_id, block.generation, block.digest) for block in request.blocks])
         places = list(zip(asked.block_ids, asked.generations, strict=True))
         self._exports.check_readable(key_from_pb(request.key), request.epoch, places)
