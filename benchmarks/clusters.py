@@ -31,6 +31,7 @@ class Tandem:
     http: str
     pid: int
     ready_s: float
+    admin: str = ""
 
 
 @contextmanager
@@ -43,9 +44,9 @@ def tandem(*flags: str, config: str = "") -> Iterator[Tandem]:
         started = time.perf_counter()
         with log.open("wb") as errors, _process(command, stdout=subprocess.PIPE, stderr=errors) as process:
             line = _first_line(process)
-            if not (found := re.match(r"tandem ready grpc=(\S+) http=(\S+)", line)):
+            if not (found := re.match(r"tandem ready grpc=(\S+) http=(\S+)(?: admin=(\S+))?", line)):
                 raise RuntimeError(f"tandem up did not become ready: {line!r}\n{log.read_text()[-3000:]}")
-            yield Tandem(found[1], found[2], process.pid, time.perf_counter() - started)
+            yield Tandem(found[1], found[2], process.pid, time.perf_counter() - started, found[3] or "")
 
 
 @dataclass(frozen=True, slots=True)

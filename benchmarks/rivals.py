@@ -85,10 +85,10 @@ def theirs(stack: ExitStack, split: bool) -> System:
         prefill, decode = (stack.enter_context(vllm(model, dtype(), *flags, cores=str(i), env=side[i])) for i in range(2))
     except RuntimeError as error:
         return System(name, gone=str(error))
-    return System(name, decode.url, _prefill_leg(prefill.url), (prefill, decode))
+    return System(name, decode.url, prefill_leg(prefill.url), (prefill, decode))
 
 
-def _prefill_leg(prefill: str) -> Prepare:
+def prefill_leg(prefill: str) -> Prepare:
     async def leg(client: httpx.AsyncClient, body: dict[str, Any], index: int) -> dict[str, Any]:
         ask: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
         ask |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))

@@ -1,0 +1,68 @@
+"""The policies side by side: one set of workers, one router per policy, the same requests through each in turn."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+from benchmarks.azure_lengths import Conversations
+from benchmarks.goodput_search import SHARE, Curve, Plan, offer, say, search, warmed
+from benchmarks.goodput_systems import Shape, grpc_target, ours, routers_beside
+from benchmarks.rows import Row
+from cli.attainment_plot import Line
+from core.request import Slo
+from router.policies import POLICIES
+
+SHAPE = Shape(2, 2, 0, 256)
+FIRST = "goodput"
+SHARED = 0.5
+"""Of the prompts begin with one of a few common prefixes, so that there is something to be aware of."""
+QUICK_POLICIES = (FIRST, "least_load", "prefix_aware", "conductor")
+QUICK = (Plan(5.0, 0, 4.0), (0.7, 1.0))
+FULL = (Plan(30.0, 2, 4.0), (0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.45))
+"""For the first policy's own search, then at which parts of its rate everybody is measured."""
+
+
+async def policy_rows(load: Conversations, slo: Slo, quick: bool, how: str) -> tuple[list[Row], list[Line]]:
+    names = [FIRST, *sorted(set(POLICIES) - {FIRST})]
+    measured = [name for name in names if name in QUICK_POLICIES] if quick else names
+    plan, steps = QUICK if quick else FULL
+    shared = Conversations(load.lengths, load.scale, SHARED)
+    curves = await _curves(shared, slo, measured, plan, steps)
+    how = f"{SHAPE.name}; {SHARED:.0%} of prompts share one of {shared.prefixes} prefixes of {shared.prefix_tokens}; {how}"
+    first = curves[FIRST].rate
+    rows = [Row(f"policy.{FIRST}", f"rate at {SHARE:.0%}, {FIRST} policy", first or 0.0, "req/s", how=how)]
+    for name in names[1:]:
+        claim = f"rate at {SHARE:.0%}, {FIRST} / {name}"
+        if name not in curves:
+            rows.append(Row(f"policy.{name}", claim, None, "x", 1.0, ">=", name, "not part of --quick"))
+            continue
+        rate, said = _rate(curves[name])
+        rows.append(Row(f"policy.{name}", claim, (first or 0.0) / rate, "x", 1.0, ">=", name, f"{name} {said}; {how}"))
+    return rows, [Line(name, [*curve.joint.items()]) for name, curve in curves.items()]
+
+
+def _rate(curve: Curve) -> tuple[float, str]:
+    """A policy that attains it at no rate is given the lowest one that was offered."""
+    if curve.rate is not None:
+        return curve.rate, f"{curve.rate:.3g}/s"
+    lowest = min(curve.joint)
+    return lowest, f"below {lowest:.3g}/s"
+
+
+async def _curves(load: Conversations, slo: Slo, names: list[str], plan: Plan, steps: tuple[float, ...]) -> dict[str, Curve]:
+    with ours(SHAPE, FIRST) as cluster, routers_beside(cluster, SHAPE, names) as addresses:
+        async with AsyncExitStack() as stack:
+            targets = {
+                name: await stack.enter_async_context(warmed(grpc_target(address, slo), load))
+                for name, address in addresses.items()
+            }
+            first = await search(targets[FIRST], load, slo, plan, FIRST)
+            around = first.rate or min(first.joint)
+            curves = {name: Curve() for name in names}
+            for number, part in enumerate(steps):
+                rate = around * part
+                for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always comes first
+                    content = 1 + names.index(name)
+                    traces = await offer(targets[name], load, rate, plan.duration_s, 100 + number, content)
+                    say(f"{name}: {curves[name].add(rate, traces, slo):.0%} of {rate:.2f}/s")
+    return curves
