@@ -43,12 +43,16 @@ SEGMENTS_MAX = 128  # of a large tier: each holds a descriptor
 
 @dataclass(frozen=True, slots=True)
 class DiskOptions:
-    """`queue_bytes` wait in memory for the writer. `timeout_s` bounds every call; `now_s` is unix time."""
+    """`queue_bytes` wait in memory for the writer. `timeout_s` bounds every call; `now_s` is unix time.
+
+    `tenant_share` is the part of the bound beyond which a tenant's blocks are dropped before those of others.
+    """
 
     queue_bytes: int = 64 * 2**20
     segment_bytes: int = SEGMENT_BYTES
     read_threads: int = 2
     timeout_s: float = 30.0
+    tenant_share: float = 1.0
     now_s: Callable[[], float] = time.time
     calls: FileCalls = OsCalls()  # noqa: RUF009 - it has no state
 
@@ -91,7 +95,9 @@ class DiskTier:
         geometry = geometry_for(block_bytes, bytes_max, max(options.segment_bytes, bytes_max // SEGMENTS_MAX))
         if geometry is None:
             raise ConfigError(f"{bytes_max} bytes of disk hold no two KV blocks of {block_bytes} bytes; raise the bound")
-        store = SegmentStore.open(directory, layout, geometry, bytes_max, options.calls, options.now_s)
+        room_blocks = bytes_max // geometry.segment_bytes * geometry.slots
+        share = max(1, int(room_blocks * options.tenant_share)) if options.tenant_share < 1 else None
+        store = SegmentStore.open(directory, layout, geometry, bytes_max, options.calls, options.now_s, share)
         queue_blocks = max(2, options.queue_bytes // block_bytes)
         writer = DiskWriter(store, block_bytes, queue_blocks, max(1, min(BATCH_BYTES // block_bytes, queue_blocks // 2)))
         return cls(store, writer, layout, options)

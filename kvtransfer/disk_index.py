@@ -3,10 +3,15 @@
 Segments are dropped in the order they were written. Before one goes, records that were read since they were written there
 get a second chance: they are copied into the segment being written, which makes them unread again. So use is judged block
 by block (a segment kept for one hot block would keep all its cold ones), as CLOCK does, and files are only ever appended to.
+
+Shares of tenants are soft, as in memory: while some tenant has more than its share, records of the others get that second
+chance before it, read or not, so that what goes is its own. At most half a segment is copied, so a tenant whose blocks fill
+whole segments may lose some of them all the same.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -42,8 +47,11 @@ class _Segment:
 class DiskIndex:
     """Not thread-safe: its owner has a lock."""
 
-    def __init__(self, bytes_max: int) -> None:
+    def __init__(self, bytes_max: int, tenant_blocks_max: int | None = None) -> None:
+        """`tenant_blocks_max`: a tenant's share; None for no shares."""
         self._bytes_max = bytes_max
+        self._tenant_blocks_max = tenant_blocks_max
+        self._charged: Counter[Tenant] = Counter()
         self._records: dict[BlockKey, Record] = {}
         self._segments: dict[int, _Segment] = {}  # oldest first
 
@@ -97,6 +105,7 @@ class DiskIndex:
         self.drop(key)
         self._segments[record.segment].keys[record.slot] = key
         self._records[key] = record
+        self._charged[record.tenant] += 1
 
     def drop(self, key: BlockKey, only: Record | None = None) -> Record | None:
         """Forgets a key (when it still is at `only`, if given) and says where it was."""
@@ -104,6 +113,7 @@ class DiskIndex:
         if record is None or (only is not None and record != only):
             return None
         del self._records[key]
+        self._discharge(record)
         segment = self._segments[record.segment]
         del segment.keys[record.slot]
         segment.read.pop(record.slot, None)
@@ -116,9 +126,19 @@ class DiskIndex:
         return next(iter(self._segments), None)
 
     def worth_keeping(self, segment: int, count_max: int) -> list[BlockKey]:
-        """Keys of a segment that were read since they were written there, the latest read first."""
+        """Keys of a segment that were read since they were written there, the latest read first; see above for shares."""
         found = self._segments[segment]
-        return [found.keys[slot] for slot in list(reversed(found.read))[:count_max]]
+        slots = list(reversed(found.read))
+        if over := self.over_share():
+            unread = [slot for slot in sorted(found.keys, reverse=True) if slot not in found.read]
+            theirs = {slot for slot, key in found.keys.items() if self._records[key].tenant in over}
+            slots = [slot for slot in slots + unread if slot not in theirs] + [slot for slot in slots if slot in theirs]
+        return [found.keys[slot] for slot in slots[:count_max]]
+
+    def over_share(self) -> set[Tenant]:
+        """Tenants with more blocks here than their share."""
+        most = self._tenant_blocks_max
+        return set() if most is None else {tenant for tenant, count in self._charged.items() if count > most}
 
     def keys_of(self, segment: int) -> list[BlockKey]:
         """By slot."""
@@ -128,12 +148,21 @@ class DiskIndex:
     def drop_segment(self, segment: int) -> list[Record]:
         """Forgets a segment and all that is in it; returns what was."""
         gone = self._segments.pop(segment)
-        return [self._records.pop(key) for key in gone.keys.values()]
+        records = [self._records.pop(key) for key in gone.keys.values()]
+        for record in records:
+            self._discharge(record)
+        return records
+
+    def _discharge(self, record: Record) -> None:
+        self._charged[record.tenant] -= 1
+        if not self._charged[record.tenant]:
+            del self._charged[record.tenant]
 
     def check(self) -> None:
         """Asserts that records and segments agree."""
         listed = {(s, slot): key for s, segment in self._segments.items() for slot, key in segment.keys.items()}
         assert listed == {(r.segment, r.slot): key for key, r in self._records.items()}, "records and segments disagree"
+        assert self._charged == Counter(r.tenant for r in self._records.values()), "tenants are charged for what is not here"
         for segment in self._segments.values():
             assert segment.read.keys() <= segment.keys.keys(), "a record that is gone was read"
             assert all(slot < segment.used <= segment.geometry.slots for slot in segment.keys), "a record behind the end"

@@ -54,9 +54,10 @@ class SegmentStore:
         bytes_max: int,
         calls: FileCalls,
         now_s: Callable[[], float],
+        tenant_blocks_max: int | None = None,
     ) -> None:
         self.lock = threading.Lock()
-        self.index = DiskIndex(bytes_max)
+        self.index = DiskIndex(bytes_max, tenant_blocks_max)
         self.stats = DiskStats()
         self.writes_off = ""
         self._directory, self._layout, self._geometry = directory, layout, geometry
@@ -71,7 +72,14 @@ class SegmentStore:
 
     @classmethod
     def open(
-        cls, root: Path, layout: KvLayout, geometry: Geometry, bytes_max: int, calls: FileCalls, now_s: Callable[[], float]
+        cls,
+        root: Path,
+        layout: KvLayout,
+        geometry: Geometry,
+        bytes_max: int,
+        calls: FileCalls,
+        now_s: Callable[[], float],
+        tenant_blocks_max: int | None = None,
     ) -> SegmentStore:
         """Takes the directory of this layout below `root` for this process and finds what is in it.
 
@@ -83,7 +91,7 @@ class SegmentStore:
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError(f"cannot use {directory} for KV blocks ({error.strerror}); choose another directory") from None
-        store = cls(directory, layout, geometry, bytes_max, calls, now_s)
+        store = cls(directory, layout, geometry, bytes_max, calls, now_s, tenant_blocks_max)
         store._directory_fd = fd
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

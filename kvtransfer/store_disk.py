@@ -63,7 +63,7 @@ class StoreDisk:
         """Never raises for a disk that cannot be used: the store serves from memory then, and says so."""
         if not config.disk_dir:
             return cls(None, arena, inventory)
-        options = DiskOptions(queue_bytes=max(QUEUE_BYTES, 4 * layout.block_bytes))
+        options = DiskOptions(queue_bytes=max(QUEUE_BYTES, 4 * layout.block_bytes), tenant_share=config.tenant_share)
         try:
             tier = await asyncio.to_thread(DiskTier.open, directory, layout, int(config.disk_bytes), options)
         except ConfigError as error:

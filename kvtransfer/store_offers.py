@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from core.errors import (
 )
 from core.request import AttemptKey
 from core.telemetry import TRANSFER_BYTES, TRANSFER_SECONDS, Histogram
+from kvtransfer.disk_tenants import TENANT_BYTES_MAX
 from kvtransfer.holds import HOLD_KEYS_MAX
 from kvtransfer.store_plane import StorePlane
 from kvtransfer.transport import BlocksGoneError
@@ -70,6 +72,10 @@ def check_offer(offer: Offer) -> None:
         raise InvalidRequestError("only full blocks can be offered: one has no key")
     if len({record.index for record in offer.records}) != len(offer.records):
         raise InvalidRequestError("two blocks of an offer have the same place")
+    if len(offer.tenant) > TENANT_BYTES_MAX:
+        raise InvalidRequestError(f"a tenant of {len(offer.tenant)} bytes; name it in at most {TENANT_BYTES_MAX}")
+    if not (math.isfinite(offer.cost_s) and offer.cost_s >= 0):
+        raise InvalidRequestError(f"computing a block cannot take {offer.cost_s:g} s")
 
 
 class Offers:

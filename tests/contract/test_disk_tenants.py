@@ -137,3 +137,22 @@ def test_a_file_that_cannot_be_replaced_stays(tmp_path):
     (tmp_path / "tenants.new").mkdir()
     names.keep(set())
     assert names.name(number_of(b"a")) == b"a"
+
+
+@pytest.mark.parametrize(("share", "stays"), [(1.0, False), (0.5, True)])
+async def test_a_tenant_beyond_its_share_of_the_disk_loses_its_own_blocks_first(tmp_path, share, stays):
+    disk = tier(tmp_path, TIGHT, tenant_share=share)
+    for n in range(6):
+        await put(disk, n, b"quiet")
+        await put(disk, 300 + n, b"loud")
+    for n in range(100, 220):
+        await put(disk, n, b"loud")
+    assert disk.stats.dropped_blocks > 60
+    assert await served(disk, range(6)) == (list(range(6)) if stays else [])
+    assert disk.disk_bytes <= TIGHT
+    await disk.close()
+    disk = tier(tmp_path, TIGHT, tenant_share=share)
+    for n in range(220, 260):
+        await put(disk, n, b"loud")
+    assert await served(disk, range(6)) == (list(range(6)) if stays else []), "known after a restart as well"
+    await disk.close()

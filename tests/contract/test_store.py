@@ -106,6 +106,9 @@ async def test_the_first_offer_says_what_a_block_is_and_others_are_refused_by_na
         ([kv_pb2.BlockRecord(index=0, key=b"k" * 16)] * 5000, INVALID, "offer at most"),
         ([kv_pb2.BlockRecord(index=0, key=b"k" * 16)] * 2, INVALID, "same place"),
         ([kv_pb2.BlockRecord(key=b"short")], INVALID, "16 bytes"),
+        ({"tenant": b"x" * 1025}, INVALID, "at most 1024"),
+        ({"cost_s": float("nan")}, INVALID, "cannot take nan s"),
+        ({"cost_s": -1.0}, INVALID, "cannot take -1 s"),
     ],
 )
 async def test_bad_offers_are_refused(pair, change, status, message):

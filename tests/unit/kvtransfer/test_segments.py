@@ -108,6 +108,29 @@ def test_what_was_read_is_worth_keeping_the_latest_read_first():
     assert index.worth_keeping(1, 8) == [KEYS[1], KEYS[2]]
 
 
+def test_while_a_tenant_is_over_its_share_the_others_keep_theirs_first_read_or_not():
+    index = DiskIndex(4 * GEOMETRY.segment_bytes, tenant_blocks_max=3)
+    index.add_segment(1, Geometry(100, 5), 5)
+    owners = [b"loud", b"quiet", b"loud", b"quiet", b""]
+    for slot, tenant in enumerate(owners):
+        index.add(KEYS[slot], Record(1, slot, 9, 0.0, tenant))
+    for slot in (1, 0):
+        index.use(KEYS[slot])
+    assert index.over_share() == set()
+    assert index.worth_keeping(1, 8) == [KEYS[0], KEYS[1]], "nobody is over: what was read"
+    index.add_segment(2, GEOMETRY, 2)
+    for slot in range(2):
+        index.add(KEYS[5 + slot], Record(2, slot, 9, 0.0, b"loud"))
+    assert index.over_share() == {b"loud"}
+    assert index.worth_keeping(1, 8) == [KEYS[1], KEYS[4], KEYS[3], KEYS[0]], "not what the loud one never read"
+    assert index.worth_keeping(1, 2) == [KEYS[1], KEYS[4]]
+    index.check()
+    index.drop_segment(2)
+    assert index.over_share() == set()
+    index.drop(KEYS[0])
+    index.check()
+
+
 def test_a_key_is_at_one_place_and_dropped_only_where_it_is_thought_to_be():
     index = filled()
     old = index.find(KEYS[0])
