@@ -8,6 +8,7 @@ run here until they end, so nobody is demoted, and whoever has waited `PROMOTE_S
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -64,7 +65,7 @@ class Order(Protocol):
 
 class Fcfs:
     def __init__(self) -> None:
-        self._line: dict[str, None] = {}  # insertion order
+        self._line: OrderedDict[str, None] = OrderedDict()  # a plain dict is slow to find its first after many deletions
 
     def __len__(self) -> int:
         return len(self._line)
@@ -111,7 +112,7 @@ class Slack:
 
 class Mlfq:
     def __init__(self) -> None:
-        self._levels: list[dict[str, float]] = [{} for _ in range(LEVELS)]  # since when, in insertion order
+        self._levels: list[OrderedDict[str, float]] = [OrderedDict() for _ in range(LEVELS)]  # since when
         self._level_of: dict[str, int] = {}
 
     def __len__(self) -> int:

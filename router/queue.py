@@ -9,7 +9,7 @@ that was served least (`router.fairness`); within that, `router.order`. So that 
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -40,8 +40,8 @@ class WaitQueue:
         self._counters = counters or VirtualCounters()
         self._aging_s = aging_s
         self._shares = shares
-        self._urgent: dict[str, None] = {}  # insertion order
-        self._new: dict[str, Waiting] = {}  # insertion order: the first has waited longest
+        self._urgent: OrderedDict[str, None] = OrderedDict()
+        self._new: OrderedDict[str, Waiting] = OrderedDict()  # the first has waited longest
         self._levels: dict[int, _Level] = {}
         self._ranks: list[int] = []  # negated priorities of the levels, sorted
         self._by_class: Counter[str] = Counter()
