@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -68,8 +69,9 @@ class SegmentFile:
 
     Pins are counted under the owner's lock; reads and writes need none: a slot's bytes never change once it has a record.
 
-    Bytes are written past the page cache where alignment and file system allow: that costs the host neither the memory nor
-    the copying, a third of the time on a busy machine, and whoever was just evicted to disk is not asked for again soon.
+    Bytes go past the page cache in both directions where alignment and file system allow: that costs the host neither the
+    memory nor the copying, a third of the time on a busy machine. Whoever was just evicted to disk is not asked for again
+    soon, and whoever was just read is in memory.
     """
 
     def __init__(self, path: Path, segment: int, geometry: Geometry, fd: int, calls: FileCalls) -> None:
@@ -78,6 +80,9 @@ class SegmentFile:
         self._pins = 0
         self._retired = False
         self._direct_fd = -1  # open while this file is written to
+        self._direct_read_fd = -1  # opened with the first read
+        self._reads_directly = bool(_O_DIRECT) and geometry.block_bytes % DIRECT_ALIGN == 0
+        self._opening = threading.Lock()
         self._cached_bytes = 0  # written through the page cache and not yet put on their way, the last of the file
 
     @classmethod
@@ -157,8 +162,10 @@ class SegmentFile:
     def read(self, first: int, destinations: Sequence[Blocks]) -> None:
         """The bytes of consecutive slots from `first`. Raises OSError, a file that ends too early included."""
         views = [destination.data for destination in destinations]
-        moved = _all(self._calls.preadv, self._fd, views, self.geometry.data_of(first))
-        if moved < sum(view.nbytes for view in views):
+        offset, size = self.geometry.data_of(first), len(views) * self.geometry.block_bytes
+        if self._read_directly(views, offset) == size:
+            return
+        if _all(self._calls.preadv, self._fd, views, offset) < size:
             raise OSError(errno.ENODATA, "the segment ends inside a record", str(self.path))
 
     def pin(self) -> None:
@@ -167,7 +174,7 @@ class SegmentFile:
     def unpin(self) -> None:
         self._pins -= 1
         if self._retired and not self._pins:
-            os.close(self._fd)
+            self._close()
 
     def retire(self) -> None:
         """Closes the descriptor, once nobody has it pinned. Called once."""
@@ -175,11 +182,34 @@ class SegmentFile:
         self._retired = True
         self._end_direct()
         if not self._pins:
-            os.close(self._fd)
+            self._close()
 
     def remove(self) -> None:
         """Raises OSError unless the file is gone afterwards."""
         self.path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        os.close(self._fd)
+        if self._direct_read_fd >= 0:
+            os.close(self._direct_read_fd)
+
+    def _read_directly(self, views: Sequence[memoryview], offset: int) -> int:
+        """Bytes read, none where these destinations, or this file system, want the page cache. Raises OSError."""
+        if not self._reads_directly:
+            return 0
+        with self._opening:
+            try:
+                if self._direct_read_fd < 0:
+                    self._direct_read_fd = self._calls.open(self.path, os.O_RDONLY | _O_DIRECT)
+            except OSError:  # dropped while it is read, or no descriptor left
+                self._reads_directly = False
+                return 0
+        try:
+            return _all(self._calls.preadv, self._direct_read_fd, views, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return 0
 
     def _write_direct(self, blocks: Sequence[memoryview], offset: int) -> bool:
         """False when these bytes, or this file system, have to go through the page cache. Raises OSError as writing does."""
