@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.closed_loop import FIRST_TOKEN_ID, LAST_TOKEN_ID
 from benchmarks.clusters import tandem
 from benchmarks.rows import Row, arguments, report
-from cli.load import arrivals
+from cli.arrivals import Arrivals, arrivals
 from core.latency import percentile
 from tandem import AsyncClient, Explanation, Result, SamplingParams, TandemError
 
@@ -47,7 +47,7 @@ def load(rate: float, seconds: float, seed: int) -> list[Asked]:
     """Log-normal lengths, Poisson arrivals."""
     rng = random.Random(seed)
     made = []
-    for number, due_s in enumerate(arrivals(rate, True, rng)):
+    for number, due_s in enumerate(arrivals(rate, Arrivals.POISSON, 1.0, rng)):
         if due_s >= seconds:
             break
         prompt_tokens = min(PROMPT_MAX, max(16, round(PROMPT_TOKENS * rng.lognormvariate(0, PROMPT_SPREAD))))
@@ -122,7 +122,7 @@ def main() -> None:
         except* TandemError as failed:
             raise failed.exceptions[0] from None
     how = (
-        f"{len(known)} requests, Poisson at {rate:.2f}/s ({options.load:.0%} load), 1 prefill + 1 decode worker, 1 thread each"
+        f"{len(known)} requests, Poisson at {rate:.2f}/s ({options.load:.0%} load), 1 prefill and 1 decode worker of 1 thread"
     )
     if options.dump:
         options.dump.write_text(json.dumps([asdict(one) for one in known]))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from router.facts import Facts
     from router.policy import Candidate
 
-REMEMBERED = 31
+REMEMBERED = 15
 OUTCOMES_MIN = 3
 FACTOR_MAX = 20.0
 WORKERS_MAX = 16_384

@@ -1,7 +1,7 @@
 """The latest decisions with what was predicted and what came of it: what `tandem explain` tells. Deciding code.
 
 Bounded: `KEPT_MAX` decisions in all, of one request the latest `PER_REQUEST_MAX`, of each the best `CANDIDATES_MAX`
-candidates. A request that was decided on longest ago is forgotten first, whole.
+candidates: 40 MiB at most. A request that was decided on longest ago is forgotten first, whole.
 """
 
 from __future__ import annotations
