@@ -109,7 +109,7 @@ class Dispatcher:
     def follow(self, view: ClusterView) -> None:
         """A new snapshot: sessions follow it, and those who wait may have a place now."""
         assert self.links is not None
-        self.view = view.keeping(self.view, self.links.connected())
+        self.view = view.keeping(self.view, self.links.connected(), self._clock.now())
         self.links.follow(self.view)
         self._orphans = {name: cancels for name, cancels in self._orphans.items() if name in self.view.workers}
         self.situation()  # what is claimed now is in these reports, what will be is not
@@ -261,6 +261,7 @@ class Dispatcher:
         refusal = self._wait(live, situation, self._need(live, situation))
         if refusal is not None:
             raise _unattainable(refusal)
+        self._drive(live, ev.NoPlace("others wait before it"))
         if self.queue.head(self._clock.now()) == live.journey.spec.request_id:
             self._pump_soon()  # it goes before those who were found no place
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 
 from core.blocks import BlockKey
@@ -22,7 +23,7 @@ from router.policies import name_of
 from router.policy import Decision, Need, Pair, Policy
 from router.prediction import PredictionErrors
 from router.situation import Situation
-from router.view import Claim, Claims, ClusterView
+from router.view import NOTHING, Claim, Claims, ClusterView, Held
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +51,16 @@ class Placer:
         self._stale_after_s = stale_after_s
         self._draws = draws
         self._lengths = Lengths()
+        self._then: Mapping[str, Held] = {}
+        self._reports: dict[str, tuple[int, int]] = {}
         self._situation = self._see(ClusterView(), frozenset(), 0.0)
 
     def situation(self, view: ClusterView, connected: frozenset[str], now: float) -> Situation:
-        """What is known now: one object until the view or the sessions change."""
+        """What is known now: one object until the view or the sessions change, or a report becomes stale."""
+        if self.index is not None:
+            self.index.expire(now)
         known = self._situation
-        if known.view is not view or known.connected != connected:
+        if known.view is not view or known.connected != connected or now > self._stale_at:
             known = self._situation = self._see(view, connected, now)
         return known
 
@@ -124,7 +129,30 @@ class Placer:
             self.events.down(worker)
 
     def _see(self, view: ClusterView, connected: frozenset[str], now: float) -> Situation:
-        return Situation(view, connected, self.claims, self.index, self._stale_after_s, now, self.calibration)
+        older_s = max(now - view.received_at, 0.0)
+        self._stale_at = view.stale_at(self._stale_after_s, now)
+        self._then = self._held_then(view)
+        self._reports = {name: (worker.epoch, worker.sequence) for name, worker in view.workers.items()}
+        return Situation(
+            view,
+            connected,
+            self.claims,
+            self.index,
+            self._stale_after_s,
+            view.received_at,
+            self.calibration,
+            older_s,
+            self._then,
+        )
+
+    def _held_then(self, view: ClusterView) -> Mapping[str, Held]:
+        """What we held when each worker's report came: a snapshot may bring one that was seen before, and what was claimed
+        since is not in it."""
+        held, seen = dict(self.claims.all_held()), self._reports
+        for name, worker in view.workers.items():
+            if worker.sequence and seen.get(name) == (worker.epoch, worker.sequence):
+                held[name] = self._then.get(name, NOTHING)
+        return held
 
 
 def _about(spec: JourneySpec, policy: str, need: Need) -> Explanation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -32,12 +32,16 @@ class Situation:
     index: BlockIndex | None = None
     stale_after_s: float = float("inf")
     seen_at: float = 0.0
-    """When it was made; what we held then is `then`."""
+    """When its reports came; what we held then is `then`."""
     calibration: Calibration | None = None
-    then: Mapping[str, Held] = field(init=False)
+    older_s: float = 0.0
+    """By how much the reports have aged since they came."""
+    then: Mapping[str, Held] | None = None
+    """Left out: what we hold now."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "then", self.claims.all_held())
+        if self.then is None:
+            object.__setattr__(self, "then", self.claims.all_held())
 
     def candidates(self, role: WorkerRole, avoid: frozenset[str] = NOBODY) -> list[WorkerView]:
         """Connected, ready workers of a role, in a fixed order."""
@@ -92,4 +96,5 @@ class Situation:
 
     def _pool(self, role: WorkerRole) -> Pool:
         workers, typical = self.candidates(role), typical_cost(self.view.workers.values())
-        return Pool(workers, self.claims, self.stale_after_s, self.then, self.seen_at, self.calibration, typical)
+        stale_after_s = self.stale_after_s - self.older_s
+        return Pool(workers, self.claims, stale_after_s, self.then, self.seen_at, self.calibration, typical)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -44,6 +45,15 @@ class WorkerView:
     model_path: str = ""
     max_model_len: int = 0
     vocab_size: int = 0
+    sequence: int = 0
+    """Of its report, growing within an epoch; 0: not known."""
+
+    def is_before(self, other: WorkerView) -> bool:
+        """Whether `other` is the later word of the two, or of a later incarnation. What the controller itself says of an
+        incarnation (dead, draining) counts whatever the number."""
+        if self.epoch == other.epoch and self.state in (WorkerState.DEAD, WorkerState.DRAINING):
+            return False
+        return (self.epoch, self.sequence) < (other.epoch, other.sequence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +64,25 @@ class ClusterView:
     workers: Mapping[str, WorkerView] = field(default_factory=lambda: MappingProxyType({}))
     link: LinkCost = ASSUMED_LINK
     """Over which hand-offs go."""
+    received_at: float = 0.0
+    """On the router's clock: since then all ages have grown."""
 
-    def keeping(self, old: ClusterView, connected: frozenset[str]) -> ClusterView:
-        """Adds what `old` knew of connected workers that this snapshot does not name: a new controller has yet to hear
-        from them, and serving goes on meanwhile."""
-        kept = {name: old.workers[name] for name in connected if name in old.workers and name not in self.workers}
-        return replace(self, workers=MappingProxyType({**self.workers, **kept})) if kept else self
+    def keeping(self, old: ClusterView, connected: frozenset[str], now: float) -> ClusterView:
+        """This snapshot, received `now`, with what `old` knew better of connected workers: those that are not named (a new
+        controller has yet to hear from them, and serving goes on meanwhile), and those of whom it has an older report."""
+        elapsed_s = max(now - old.received_at, 0.0)
+        kept = {
+            name: replace(known, age_s=known.age_s + elapsed_s)
+            for name in connected
+            if (known := old.workers.get(name)) is not None
+            and ((new := self.workers.get(name)) is None or new.is_before(known))
+        }
+        return replace(self, workers=MappingProxyType({**self.workers, **kept}), received_at=now)
+
+    def stale_at(self, stale_after_s: float, now: float) -> float:
+        """When the next report that is not stale by `now` becomes it; infinity when there is none."""
+        serving = (worker.age_s for worker in self.workers.values() if worker.role in SERVING_ROLES)
+        return min((at for age_s in serving if (at := self.received_at + stale_after_s - age_s) >= now), default=math.inf)
 
     def serving(self) -> list[WorkerView]:
         """Workers that should have a session: prefill, decode or colocated, ready or finishing what they have."""

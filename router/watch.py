@@ -61,6 +61,7 @@ def worker_view(report: WorkerReport, age_s: float) -> WorkerView:
         model_path=model.path,
         max_model_len=model.max_model_len,
         vocab_size=model.vocab_size,
+        sequence=report.sequence,
     )
 
 

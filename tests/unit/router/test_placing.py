@@ -125,9 +125,9 @@ def test_claims_add_up(drawn: list[Claim]):
 
 def test_a_snapshot_that_does_not_name_a_connected_worker_keeps_it():
     old, new = view(*POOL), view(POOL[0])
-    kept = new.keeping(old, frozenset({"d0"}))
+    kept = new.keeping(old, frozenset({"d0"}), 1.0)
     assert set(kept.workers) == {"p0", "d0"}
-    dead = view(replace(POOL[2], state=WorkerState.DEAD)).keeping(old, frozenset({"d0"}))
+    dead = view(replace(POOL[2], state=WorkerState.DEAD)).keeping(old, frozenset({"d0"}), 1.0)
     assert dead.workers["d0"].state is WorkerState.DEAD, "what a snapshot does say, counts"
 
 
