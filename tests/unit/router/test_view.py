@@ -1,4 +1,4 @@
-"""What the router believes of the cluster: never an older word for a newer one, ages that grow, claims that are in no report yet."""
+"""What the router believes of the cluster: never an older word for a newer one; ages that grow; claims not yet reported."""
 
 from __future__ import annotations
 
