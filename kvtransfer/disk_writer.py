@@ -15,9 +15,9 @@ import numpy as np
 
 from core.blocks import BlockKey
 from kvtransfer.arena import Blocks, HostArena
-from kvtransfer.segment_store import SegmentStore, Written
+from kvtransfer.segment_store import PIECE_BYTES, SegmentStore, Written
 
-LINGER_S = 0.002  # for a batch to fill: a step's blocks arrive together
+LINGER_S = 0.002  # for a piece to fill: a step's blocks arrive together
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class DiskWriter:
         assert 0 < batch_blocks <= queue_blocks, "a batch is made of what waits"
         self._store = store
         self._batch_blocks = batch_blocks
+        self._piece_blocks = max(1, min(batch_blocks, PIECE_BYTES // block_bytes))
         self._spans: Blocks = HostArena(queue_blocks, block_bytes).bytes_view()
         self._free = list(range(queue_blocks))
         self._queue: deque[_Staged] = deque()  # at most queue_blocks
@@ -60,7 +61,7 @@ class DiskWriter:
         np.copyto(self._spans[span], block)
         with self._changed:
             self._queue.append(_Staged(key, self._spans[span], tenant, cost_s, span))
-            if len(self._queue) in (1, self._batch_blocks):  # what its thread waits for; waking it for each costs both
+            if len(self._queue) in (1, self._piece_blocks):  # what its thread waits for; waking it for each costs both
                 self._changed.notify_all()
         return True
 
@@ -107,7 +108,7 @@ class DiskWriter:
             return [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_blocks))]
 
     def _worth_writing(self) -> bool:
-        return len(self._queue) >= self._batch_blocks or self._closed or self._draining > 0
+        return len(self._queue) >= self._piece_blocks or self._closed or self._draining > 0
 
     def _take(self, block: Written) -> bool:
         """Whether a block that was just written is still wanted; called under the store's lock."""
