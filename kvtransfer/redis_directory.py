@@ -1,6 +1,6 @@
 """The directory in Redis: shared by all nodes, outlives the controller, forgets like all soft state.
 
-A lookup is one round trip: `MGET` of the keys' buckets and, in the same pipeline, the records of the nodes that were met
+A lookup is one round trip: `HMGET` of the keys' buckets and, in the same pipeline, the records of the nodes that were met
 lately. Layout and scripts: redis_layout.py, redis_scripts.py. Whatever is wrong with Redis, a call ends within its deadline
 with a DirectoryError, and after a failure lookups leave Redis alone for a moment. A Redis that lost something (it restarted
 empty, a replica took over that had not heard all) makes `join` answer False, and everything is announced again.
@@ -260,7 +260,7 @@ class RedisDirectory:
             raise DirectoryError("this directory was closed")
 
 
-def _merged(places: list[list[int]], runs: list[list[_Run]], keys: int) -> list[_Run]:
+def _merged(places: Sequence[Sequence[int]], runs: list[list[_Run]], keys: int) -> list[_Run]:
     """Runs of all keys, of the runs of each shard's."""
     holders: list[tuple[Holder, ...]] = [()] * keys
     for at, shard in zip(places, runs, strict=True):

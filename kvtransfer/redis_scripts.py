@@ -20,9 +20,10 @@ def _script(body: str) -> Script:
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-# Bucket names are made inside the scripts; all of them lie in the slot of KEYS[1], which a Redis Cluster goes by.
+# Names are made inside the scripts; all of them lie in the slot of KEYS[1], which a Redis Cluster goes by.
 _COMMON = """
 local p = KEYS[1]
+local entries = p .. 'entries'
 local call, sub, find = redis.call, string.sub, string.find
 local time = call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -32,6 +33,7 @@ local function bury(number, buckets)
   if worker and call('HGET', p .. 'node:' .. worker, 'number') == number then
     call('DEL', p .. 'node:' .. worker)
   end
+  call('HDEL', entries, 'announced:' .. number)
   call('HDEL', p .. 'owner', number)
   call('HDEL', p .. 'record', number)
   call('ZREM', p .. 'live', number)
@@ -48,7 +50,7 @@ JOIN = _script("""
 local worker, epoch, address, record, ttl, acked, buckets = unpack(ARGV)
 for _, number in ipairs(call('ZRANGEBYSCORE', p .. 'live', '-inf', now, 'LIMIT', 0, 64)) do bury(number, buckets) end
 local node = p .. 'node:' .. worker
-local known = call('HMGET', node, 'epoch', 'number', 'address', 'announced')
+local known = call('HMGET', node, 'epoch', 'number', 'address')
 local number, status = known[2], 'known'
 if number and not alive(number) then
   bury(number, buckets)
@@ -57,7 +59,8 @@ end
 if number then
   if known[1] > epoch then return {'stale', known[1], 0} end
   if known[1] == epoch and known[3] ~= address then return {'taken', known[3], 0} end
-  if known[1] ~= epoch or tonumber(known[4]) < tonumber(acked) then
+  local announced = call('HGET', entries, 'announced:' .. number)
+  if known[1] ~= epoch or not announced or tonumber(announced) < tonumber(acked) then
     bury(number, buckets)
     number = false
   end
@@ -66,7 +69,8 @@ if not number then
   status = 'new'
   number = tostring(call('INCR', p .. 'number'))
   call('DEL', node)
-  call('HSET', node, 'epoch', epoch, 'number', number, 'address', address, 'announced', 0)
+  call('HSET', node, 'epoch', epoch, 'number', number, 'address', address)
+  call('HSET', entries, 'announced:' .. number, 0, 'about', 'who probably holds which block of KV' .. string.rep('.', 999))
   call('HSET', p .. 'owner', number, worker)
 end
 call('HSET', p .. 'record', number, record)
@@ -93,10 +97,10 @@ ANNOUNCE = _script("""
 local node = p .. 'node:' .. ARGV[1]
 local known = call('HMGET', node, 'epoch', 'number')
 if known[1] ~= ARGV[2] or not alive(known[2]) then return -1 end
-local announced = call('HINCRBY', node, 'announced', 1)
+local announced = call('HINCRBY', entries, 'announced:' .. known[2], 1)
 
 local function position(bucket, record)
-  local at = find(bucket, record, 1, true)
+  local at = bucket ~= '' and find(bucket, record, 1, true)
   while at and at % 10 ~= 1 do at = find(bucket, record, at + 1, true) end
   return at
 end
@@ -104,15 +108,15 @@ end
 local function change(keys, word, added)
   for first = 1, #keys, 4608 do
     local last = math.min(first + 4607, #keys)
-    local names, place = {}, {}
+    local names, place, count = {}, {}, 0
     for i = first, last, 9 do
       local bucket = sub(keys, i, i + 2)
       if not place[bucket] then
-        names[#names + 1] = p .. bucket
-        place[bucket] = #names
+        count = count + 1
+        names[count], place[bucket] = bucket, count
       end
     end
-    local buckets, changed = call('MGET', unpack(names)), {}
+    local buckets, changed = call('HMGET', entries, unpack(names)), {}
     for i = first, last, 9 do
       local n = place[sub(keys, i, i + 2)]
       local bucket, record = buckets[n] or '', sub(keys, i + 3, i + 8) .. word
@@ -132,8 +136,8 @@ local function change(keys, word, added)
         kept[#kept + 1] = buckets[n]
       end
     end
-    if #kept > 0 then call('MSET', unpack(kept)) end
-    if #emptied > 0 then call('DEL', unpack(emptied)) end
+    if #kept > 0 then call('HSET', entries, unpack(kept)) end
+    if #emptied > 0 then call('HDEL', entries, unpack(emptied)) end
   end
 end
 
@@ -167,16 +171,16 @@ local cursor = tonumber(call('GET', p .. 'cursor') or '0')
 local names = {}
 for n = cursor, cursor + count - 1 do
   local b = n % buckets
-  names[#names + 1] = p .. string.char(b % 256, math.floor(b / 256) % 256, math.floor(b / 65536))
+  names[#names + 1] = string.char(b % 256, math.floor(b / 256) % 256, math.floor(b / 65536))
 end
-for n, bucket in ipairs(call('MGET', unpack(names))) do
+for n, bucket in ipairs(call('HMGET', entries, unpack(names))) do
   if bucket then
     local kept = {}
     for i = 1, #bucket, 10 do
       if not dead[sub(bucket, i + 6, i + 9)] then kept[#kept + 1] = sub(bucket, i, i + 9) end
     end
-    if #kept == 0 then call('DEL', names[n])
-    elseif #kept * 10 < #bucket then call('SET', names[n], table.concat(kept)) end
+    if #kept == 0 then call('HDEL', entries, names[n])
+    elseif #kept * 10 < #bucket then call('HSET', entries, names[n], table.concat(kept)) end
   end
 end
 call('SET', p .. 'cursor', (cursor + count) % buckets)
@@ -189,7 +193,7 @@ return call('HLEN', p .. 'dead')
 
 # Writes and reads as the others do, and leaves nothing behind.
 CHECK = _script("""
-call('SET', p .. 'check', now)
-call('MGET', p .. 'check')
+call('HSET', p .. 'check', 'now', now)
+call('HMGET', p .. 'check', 'now')
 return call('DEL', p .. 'check')
 """)

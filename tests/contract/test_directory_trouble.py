@@ -22,7 +22,7 @@ from cli.redis_server import redis_server
 from core.clock import SystemClock
 from kvtransfer.directory import DirectoryError, Tier
 from kvtransfer.redis_directory import RedisDirectory
-from kvtransfer.redis_layout import BUCKETS
+from kvtransfer.redis_layout import BUCKET_BYTES, BUCKETS
 
 SHORT_S = 0.5
 HELD = {("a", 1, Tier.DRAM)}
@@ -193,12 +193,9 @@ async def test_foreign_bytes_under_our_names(server, patient):
     await patient.join(record(), TTL_S)
     await patient.announce("a", 1, dram(keys(40)), [])
     with Redis(port=server.port) as operator:
-        for at, name in enumerate(operator.keys("tandem{0}???")):
-            if at % 2:
-                operator.set(name, b"\xff" * 57)
-            else:
-                operator.delete(name)
-                operator.lpush(name, "a list")
+        buckets = [bucket for bucket in operator.hkeys("tandem{0}entries") if len(bucket) == BUCKET_BYTES]
+        assert len(buckets) == 40
+        operator.hset("tandem{0}entries", mapping=dict.fromkeys(buckets, b"\xff" * 57))
     assert shown(await patient.locate(keys(40))) == []
     with Redis(port=server.port) as operator:
         for number in operator.hkeys("tandem{0}record"):
@@ -206,6 +203,23 @@ async def test_foreign_bytes_under_our_names(server, patient):
     assert await patient.nodes() == []
     assert await patient.join(record(), TTL_S) is True
     assert await patient.nodes() == [record()]
+    with Redis(port=server.port) as operator:
+        operator.set("tandem{0}entries", "no hash")
+    with pytest.raises(DirectoryError, match="WRONGTYPE"):
+        await patient.locate(keys(40))
+
+
+async def test_entries_that_redis_evicted_are_announced_again(server, patient):
+    """All at once, as `maxmemory-policy allkeys-lru` may do: the node's own record is still there."""
+    await patient.join(record(), TTL_S)
+    await patient.announce("a", 1, dram(keys(40)), [])
+    with Redis(port=server.port) as operator:
+        assert operator.object("encoding", "tandem{0}entries") == b"hashtable", "small ones would be scanned"
+        operator.delete("tandem{0}entries")
+    assert shown(await patient.locate(keys(40))) == []
+    assert await patient.join(record(), TTL_S) is False
+    await patient.announce("a", 1, dram(keys(40)), [])
+    assert shown(await patient.locate(keys(40))) == [HELD] * 40
 
 
 async def test_what_dead_nodes_held_is_swept_out(server, patient):
@@ -214,7 +228,7 @@ async def test_what_dead_nodes_held_is_swept_out(server, patient):
         await patient.join(record("b"), TTL_S)
         await patient.announce("a", 1, dram(keys(600)), [])
         await patient.announce("b", 1, dram(keys(300)), [])
-        before = operator.dbsize()
+        before = operator.hlen("tandem{0}entries")
         assert await patient.join(record(epoch=2), TTL_S) is False
         assert shown(await patient.locate(keys(3))) == [{("b", 1, Tier.DRAM)}] * 3
 
@@ -224,7 +238,7 @@ async def test_what_dead_nodes_held_is_swept_out(server, patient):
         operator.hset("tandem{0}dead", "1", 128 * 40)  # as if most of the way were done
         await until(swept)
         assert operator.hlen("tandem{0}record") == operator.zcard("tandem{0}live") == operator.hlen("tandem{0}owner") == 2
-        assert operator.dbsize() <= before
+        assert operator.hlen("tandem{0}entries") <= before
         assert len((await patient.locate(keys(600))).holders) == 300
         assert operator.get("tandem{0}cursor") is not None
         assert int(operator.get("tandem{0}cursor")) < BUCKETS

@@ -102,19 +102,19 @@ def test_a_key_is_looked_up_where_it_is_written(shards):
     assert written.keys() == lookups.keys()
     assert sorted(place for lookup in lookups.values() for place in lookup.places) == list(range(500))
     for shard, lookup in lookups.items():
-        prefix = layout.prefixes[shard]
+        name = layout.prefixes[shard] + b"entries"
         rows = [written[shard][at : at + 9] for at in range(0, len(written[shard]), 9)]
-        assert [prefix + row[:3] for row in rows] == lookup.names()
+        assert [row[:3] for row in rows] == lookup.buckets()
         assert [row[3:] for row in rows] == lookup.tags()
         assert all(int.from_bytes(row[:3], "little") < BUCKETS // shards for row in rows)
-        words = b"".join(b"$%d\r\n%s\r\n" % (len(name), name) for name in (b"MGET", *lookup.names()))
-        assert lookup.command() == b"*%d\r\n" % (1 + len(rows)) + words
+        words = b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in (b"HMGET", name, *lookup.buckets()))
+        assert lookup.command() == b"*%d\r\n" % (2 + len(rows)) + words
     assert (
         len(
             {
-                b"".join((name, tag))
-                for lookup in lookups.values()
-                for name, tag in zip(lookup.names(), lookup.tags(), strict=True)
+                b"%d:%b%b" % (shard, bucket, tag)
+                for shard, lookup in lookups.items()
+                for bucket, tag in zip(lookup.buckets(), lookup.tags(), strict=True)
             }
         )
         == 500
