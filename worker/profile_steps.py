@@ -24,6 +24,7 @@ from worker.node import Node
 
 ROUNDS = 3
 """Through all points, each in another order; the median counts, so that what else the machine does for a while does not."""
+POINTS_MIN = 10
 DECODE_STEPS = 5
 """Run at each point of streams alone; their median counts, at the shape of the middle one."""
 KV_FILL = 0x3C
@@ -39,13 +40,13 @@ class Point:
     rows: int = 0
     rows_context: int = 0
 
-    @property
-    def tokens(self) -> int:
-        """That need KV at once."""
-        return self.new_tokens + self.context + self.rows * (self.rows_context + DECODE_STEPS + 2)
+    def blocks(self, block_size: int) -> int:
+        """That must be had at once."""
+        each = blocks_for(self.rows_context + DECODE_STEPS + 2, block_size)
+        return self.rows * each + blocks_for(self.new_tokens + self.context, block_size)
 
 
-def grid(engine: EngineConfig, context_max: int, kv_tokens: int) -> list[Point]:
+def grid(engine: EngineConfig, context_max: int, num_blocks: int, block_size: int) -> list[Point]:
     """Prompts by new tokens and context, streams by batch and context, and both in one step; what fits of it."""
     chunk_max = engine.max_step_tokens
     chunks = sorted({n for n in (4, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048) if n < chunk_max} | {chunk_max})
@@ -53,19 +54,21 @@ def grid(engine: EngineConfig, context_max: int, kv_tokens: int) -> list[Point]:
         n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256) if n <= min(engine.max_running, chunk_max * 3 // 4)
     ]
     contexts = [n for n in (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192) if n < context_max - chunk_max]
-    contexts.append(context_max - chunk_max)
+    contexts.append(max(1, context_max - chunk_max))
     points = [Point(n, context) for n in chunks for context in (0, *contexts[1::2])]
     points += [Point(rows=n, rows_context=context) for n in batches for context in contexts]
-    points += [Point(n, 0, rows, 128) for n in chunks[1::3] for rows in batches[1::3] if n + rows <= chunk_max]
+    points += [Point(n, 0, rows, 128) for n in chunks[:-1:2] for rows in batches[1::3] if n + rows <= chunk_max]
     longest = context_max - DECODE_STEPS - 2
-    return [p for p in points if p.tokens <= kv_tokens * 3 // 4 and max(p.new_tokens + p.context, p.rows_context) <= longest]
+    short = [point for point in points if max(point.new_tokens + point.context, point.rows_context) <= longest]
+    return [point for point in short if point.blocks(block_size) <= num_blocks * 3 // 4]
 
 
 def points_of(node: Node, engine: EngineConfig) -> list[Point]:
     """What `StepMeter` can measure on this node. Raises ConfigError when that is too little for a fit."""
-    kv_tokens = node.inventory.counts().total * node.layout.block_size
-    points = grid(engine, min(node.facts.max_model_len, kv_tokens), kv_tokens)
-    if len(points) < 10:
+    num_blocks, block_size = node.inventory.counts().total, node.layout.block_size
+    kv_tokens = num_blocks * block_size
+    points = grid(engine, min(node.facts.max_model_len, kv_tokens), num_blocks, block_size)
+    if len(points) < POINTS_MIN or not any(point.new_tokens for point in points) or not any(point.rows for point in points):
         raise ConfigError(
             f"engine.kv_bytes holds {kv_tokens} tokens, too few to measure steps of different sizes; raise engine.kv_bytes"
         )
