@@ -40,9 +40,7 @@ def replaced(view: WorkerView, **fields: object) -> WorkerView:
 
 def prompt(conversation: int, blocks: int) -> tuple[BlockKey, ...]:
     """The first blocks of a conversation."""
-    return tuple(
-        conversation.to_bytes(8, "big") * 2 for conversation in range(conversation << 32, (conversation << 32) + blocks)
-    )
+    return tuple((conversation << 32 | block).to_bytes(8, "big") * 2 for block in range(blocks))
 
 
 class Scene:
@@ -130,7 +128,7 @@ def trace() -> str:
 
 
 def test_decisions_are_those_that_were_read_and_committed():
-    assert trace() == TRACE.read_text(), f"meant? then run: python {Path(__file__).relative_to(Path.cwd())}"
+    assert trace() == TRACE.read_text(), "meant? then run: python tests/unit/router/test_golden_trace.py"
 
 
 def test_the_same_scenario_gives_the_same_decisions():

@@ -13,7 +13,7 @@ from core.blocks import KvLayout, block_keys, root_key
 from core.cost_model import StepCost
 from core.kv_changes import KvChanges
 from core.report import WorkerState
-from core.request import WorkerRole
+from core.request import Slo, WorkerRole
 from router.block_index import BlockIndex
 from router.policies import POLICIES, make_policy
 from router.policy import Need, Nobody, Pair
@@ -148,12 +148,17 @@ workers_drawn = st.builds(
     cached=st.dictionaries(st.sampled_from([f"w{n}" for n in range(7)]), st.integers(0, 10)),
     draw=st.integers(0, 2**64 - 1),
     tokens=st.integers(1, 200),
+    slo=st.builds(Slo, ttft_s=st.none() | st.floats(1e-9, 1e9), tbt_s=st.none() | st.floats(1e-9, 1e9)),
+    answer=st.integers(0, 10**6),
     prefer=st.none() | st.builds(Pair, st.sampled_from([None, "w0", "w1"]), st.sampled_from(["w0", "w1", "w9"])),
 )
-def test_no_policy_raises_or_places_where_it_must_not(policy, workers, connected, avoid, cached, draw, tokens, prefer):
+def test_no_policy_raises_or_places_where_it_must_not(
+    policy, workers, connected, avoid, cached, draw, tokens, slo, answer, prefer
+):
     view = ClusterView(1, MappingProxyType({w.worker_id: w for w in workers}))
     here = replace(situation(*workers, cached=cached), view=view, connected=frozenset(connected))
-    place = make_policy(policy).decide(here, Need(tokens, frozenset(avoid), prefer, KEYS[: tokens // 16], draw)).place
+    need = Need(tokens, frozenset(avoid), prefer, KEYS[: tokens // 16], draw, slo, answer)
+    place = make_policy(policy).decide(here, need).place
     usable = {w.worker_id for w in workers if w.state is WorkerState.READY} & connected - avoid
     roles = {w.worker_id: w.role for w in workers}
     if isinstance(place, Nobody):
