@@ -23,6 +23,7 @@ from kvtransfer.arena import Arena
 from kvtransfer.codec import NO_DIGEST, digest_of
 from kvtransfer.directory import Tier
 from kvtransfer.disk import DiskOptions, DiskTier
+from kvtransfer.disk_index import Record
 from kvtransfer.kv_node import NodeEntry
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,10 @@ QUEUE_BYTES = 16 * 2**20
 
 
 class _Wanted(NamedTuple):
-    """A block on disk, and what it is charged to and weighed by in memory."""
+    """A block on disk, with what is charged, weighed and checked in memory."""
 
     key: BlockKey
-    tenant: bytes
-    cost_s: float
+    record: Record
 
 
 class StoreDisk:
@@ -117,10 +117,10 @@ class StoreDisk:
         if self.tier is None:
             return blocks
         found = zip(keys, self.tier.find(keys), strict=True)
-        wanted = [_Wanted(key, record.tenant, record.cost_s) for key, record in found if record is not None]
+        wanted = [_Wanted(key, record) for key, record in found if record is not None]
         try:
             async with asyncio.timeout(deadline_s):
-                for tenant, theirs in groupby(wanted, key=lambda one: one.tenant):
+                for tenant, theirs in groupby(wanted, key=lambda one: one.record.tenant):
                     while part := list(islice(theirs, PROMOTE_BLOCKS)):
                         blocks += await self._bring_up(part, tenant)
         except (TimeoutError, TransferError, OutOfBlocksError) as error:
@@ -158,12 +158,14 @@ class StoreDisk:
         up: list[int] = []
         try:
             whole = await self.tier.get([one.key for one in wanted], [view[block] for block in blocks])
+            now = self.tier.find([one.key for one in wanted])
         except BaseException:
             inventory.release(blocks)
             raise
-        for one, block, came in zip(wanted, blocks, whole, strict=True):
+        for one, block, came, still in zip(wanted, blocks, whole, now, strict=True):
             if came:
-                up.append(inventory.commit(block, one.key, tenant=tenant, cost_s=one.cost_s))
+                digest = one.record.digest if still is one.record else NO_DIGEST  # written anew meanwhile: other bytes
+                up.append(inventory.commit(block, one.key, digest, tenant=tenant, cost_s=one.record.cost_s))
             else:
                 inventory.release([block])
         return up

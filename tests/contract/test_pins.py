@@ -9,10 +9,11 @@ from dataclasses import replace
 import grpc
 import pytest
 from kv_peers import KEYS, directory, peer
-from store_rig import LAYOUT, keys_of, store_end, store_spec, worker_end
+from store_rig import LAYOUT, bytes_of, keys_of, store_end, store_spec, worker_end
 from transport_suite import until
 
 from core.errors import PinLimitError
+from kvtransfer.codec import digest_of
 from kvtransfer.holds import HOLD_KEYS_MAX
 from tandem.v1 import kv_pb2, kv_pb2_grpc
 
@@ -100,7 +101,9 @@ async def test_what_is_on_disk_alone_is_brought_up_and_pins_end_with_the_store(t
             await until(lambda: len(store.node.plane.disk.resident()) == 20)
             assert await store.node.plane.node.evict(keys[5:]) == 15
             assert (await pin(store.client.stub, keys))[:2] == (20, 20)
-            assert len([e for e in await listed(store.client.stub) if e.tier == kv_pb2.TIER_DRAM and e.pinned]) == 20
+            pinned = [e for e in await listed(store.client.stub) if e.tier == kv_pb2.TIER_DRAM and e.pinned]
+            assert len(pinned) == 20
+            assert {e.key: e.digest for e in pinned} == {key: digest_of(bytes_of(key)) for key in keys}, "so rot is seen"
         async with store_end(replace(spec, epoch=spec.epoch + 1)) as store:
             assert len(await store.client.read(keys)) == 20
             assert not any(entry.pinned for entry in await listed(store.client.stub)), "soft state"

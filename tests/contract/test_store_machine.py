@@ -19,6 +19,7 @@ from store_rig import LAYOUT, WORKER_EPOCH, bytes_of, keys_of, store_spec
 
 from core.blocks import BlockRecord, KvSource
 from core.clock import ManualClock
+from core.errors import PinLimitError
 from core.inventory import Inventory
 from core.request import AttemptKey
 from kvtransfer.arena import HostArena
@@ -55,7 +56,7 @@ class Source:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Model: who holds what until when, what rots in memory, and, with a disk, what has to be there."""
+    """Model: who holds what until when, what is pinned, what rots in memory, and, with a disk, what has to be there."""
 
     disk = False
 
@@ -71,6 +72,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.offered: set[bytes] = set()
         self.rotten: set[bytes] = set()
         self.stored: set[bytes] = set()  # on disk
+        self.pinned: set[bytes] = set()
         self.start()
 
     def start(self) -> None:
@@ -94,7 +96,7 @@ class StoreMachine(RuleBasedStateMachine):
             await self.node.plane.disk.flush()
             return reply
 
-        room = 16 - len(self.active())
+        room = 16 - len(self.active() | self.pinned)
         reply = self.runner.run(offered())
         assert reply.taken + reply.known + reply.refused == len(keys)
         assert not reply.refused or reply.refused > room - len(keys)
@@ -135,9 +137,29 @@ class StoreMachine(RuleBasedStateMachine):
     def evict(self, keys: list[bytes] | None) -> None:
         self.runner.run(self.node.evict(keys))
         gone = self.offered if keys is None else set(keys)
-        assert not gone & self.resident() - self.active()
+        assert not gone & self.resident() - self.active() - self.pinned
         self.stored -= gone - self.resident()  # what is held stays on disk too
         self.rotten &= self.resident()
+
+    @rule(keys=KEYS)
+    def pin(self, keys: list[bytes]) -> None:
+        try:
+            reply = self.runner.run(self.node.pin(keys))
+        except PinLimitError:
+            assert len(self.pinned | set(keys)) > 8
+        else:
+            here = set(keys) & self.resident()
+            now = set(self.node.plane.inventory.pinned_keys()) if self.node.plane is not None else set()
+            assert self.pinned | here - self.rotten <= now <= self.pinned | here, "but what is to be dropped"
+            assert reply.pinned_blocks == len(now) <= 8
+            self.pinned = now
+        self.rotten &= self.resident()
+
+    @rule(keys=st.one_of(st.none(), KEYS))
+    def unpin(self, keys: list[bytes] | None) -> None:
+        gone = self.pinned if keys is None else self.pinned & set(keys)
+        assert self.node.unpin(keys).pinned == len(gone)
+        self.pinned = self.pinned - gone
 
     @rule(number=st.integers(0, 15))
     def rot(self, number: int) -> None:
@@ -152,15 +174,16 @@ class StoreMachine(RuleBasedStateMachine):
         before = self.rotten & self.resident()
         report = self.runner.run(self.node.verify(()))
         assert report.dropped == len(before)
-        assert not before - self.active() & self.resident()
-        if not before & self.active():
-            self.rotten.clear()
+        assert not (before - self.active()) & self.resident()
+        self.rotten &= self.resident()  # what is held goes when it is let go
+        self.pinned -= before
 
     @rule()
     def restart(self) -> None:
         self.runner.run(self.node.close())
         self.holds.clear()
         self.rotten.clear()
+        self.pinned.clear()
         self.start()
         if self.disk and self.node.plane is not None:
             assert set(self.node.plane.disk.resident()) == self.stored
@@ -174,7 +197,8 @@ class StoreMachine(RuleBasedStateMachine):
         inventory = self.node.plane.inventory
         inventory.check()
         assert inventory.leases_open() == len(self.holds)
-        assert inventory.counts().active == len(self.active())
+        assert inventory.counts().active == len(self.active() | self.pinned)
+        assert self.pinned <= self.resident(), "what is pinned stays"
         assert self.node.plane.exports.holds_open == len(self.holds)
 
     @invariant()
@@ -221,8 +245,10 @@ def one_step(store: StoreMachine, rng: random.Random) -> None:
         store.drop(number)
     elif move < 85:
         store.wait(rng.choice([0.4, 2.0, 6.0]))
-    elif move < 92:
+    elif move < 90:
         store.evict(rng.choice([None, keys, keys]))
+    elif move < 92:
+        rng.choice([store.pin, store.unpin])(keys)
     elif move < 96:
         store.rot(rng.randrange(16))
     elif move < 99:
@@ -241,6 +267,7 @@ def test_ten_thousand_random_operations_leave_nothing_behind(machine: type[Store
             store.what_is_held_are_the_bytes_that_were_offered()
         for number in range(4):
             store.drop(number)
+        store.unpin(None)
         store.evict(None)
         assert store.node.plane is not None
         counts = store.node.plane.inventory.counts()
