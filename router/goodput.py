@@ -65,6 +65,8 @@ class Goodput(Scored):
         prefill, decode = situation.prefill, situation.decode
         may_prefill = prefill.allowed(need.avoid) & window_open(prefill, need.tokens)
         may_decode = decode.allowed(need.avoid) & _has_room(decode, need)
+        if not (may_prefill.any() and may_decode.any()):
+            return []
         split = _Split(situation, need)
         first = _best(split.ttft_s, may_prefill)
         then = _best(split.gap_s + 1e-9 * decode.running, may_decode)

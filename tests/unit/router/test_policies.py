@@ -139,7 +139,7 @@ workers_drawn = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     policy=st.sampled_from(sorted(POLICIES)),
     workers=st.lists(workers_drawn, max_size=6, unique_by=lambda w: w.worker_id),
@@ -169,3 +169,11 @@ def test_no_policy_raises_or_places_where_it_must_not(
         assert place.decode in usable
         assert place.prefill is None or (place.prefill in usable and roles[place.prefill] is P)
         assert roles[place.decode] in ((D,) if place.prefill else (C, D))
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("roles", [(C,), (C, P), (C, D), (P, D), (P,), (D,), ()])
+def test_every_shape_of_cluster_is_decided_on(policy: str, roles: tuple[WorkerRole, ...]):
+    here = situation(*(worker(f"w{n}", role) for n, role in enumerate(roles)))
+    place = make_policy(policy).decide(here, Need(len(PROMPT), keys=KEYS, output_tokens=10)).place
+    assert isinstance(place, Pair) == (C in roles or {P, D} <= set(roles))
