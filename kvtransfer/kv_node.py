@@ -205,7 +205,7 @@ class KvNode:
         return self.inventory.evict([entry.key for entry in self.inventory.entries()] if keys is None else keys)
 
     async def pin(self, keys: Sequence[BlockKey]) -> Pinned:
-        """Keeps what is here of `keys` until it is unpinned or this process ends. Raises PinLimitError; nothing is pinned then."""
+        """Keeps what is here of `keys` until it is unpinned, or this process ends. Raises PinLimitError: nothing is then."""
         try:
             return self._pinned(self.inventory.pin([key for key in keys if key not in self._condemned]))
         except PinLimitError as error:

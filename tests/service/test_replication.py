@@ -109,6 +109,8 @@ async def test_copies_come_where_blocks_are_read_and_go_when_they_are_not(tmp_pa
             await eventually(gone)
             assert await there.metric('tandem_kv_replicas_total{event="given_up"}') >= 6
             assert await there.metric("tandem_kv_replicas ") == 0
+            assert await there.metric("tandem_kv_evicted_idle_seconds_count") >= 6
+            assert await there.metric("tandem_kv_evicted_idle_seconds_sum") > 0
             assert set(await here.client.read(hot + cold)) == {*hot, *cold}, "the originals stay"
         await directory.close()
 
