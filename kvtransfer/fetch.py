@@ -62,6 +62,7 @@ class Fetcher:
         self._codecs = codecs
         self._clock = clock
         self._sources: dict[str, KvSource] = {}
+        self._heard: dict[str, float] = {}  # when each of these was last used, or said to be alive
         self._demoted: dict[tuple[str, int, str], float] = {}
 
     def meet(self, source: KvSource) -> None:
@@ -75,6 +76,7 @@ class Fetcher:
         if known is not None and known.epoch < source.epoch:
             self.forget(known)
         self._sources[source.worker_id] = source
+        self._heard[source.worker_id] = self._clock.now()
 
     def order(self, source: KvSource) -> list[str]:
         """The transports to try for this source, best first. Raises TransferError when none reaches it."""
@@ -103,6 +105,8 @@ class Fetcher:
         One that fails is tried last with this source for a while. Raises what the last one raised, and at once what is
         true over every transport: StaleEpochError, LeaseExpiredError, LayoutMismatchError.
         """
+        if source.worker_id in self._heard:
+            self._heard[source.worker_id] = self._clock.now()
         order = self.order(source)
         for name, following in zip(order, [*order[1:], None], strict=True):
             try:
@@ -124,15 +128,25 @@ class Fetcher:
         for transport in self.transports.values():
             transport.forget(source)
         if self._sources.get(source.worker_id) == source:
-            del self._sources[source.worker_id]
+            del self._sources[source.worker_id], self._heard[source.worker_id]
         for place in [p for p in self._demoted if p[:2] == (source.worker_id, source.epoch)]:
             del self._demoted[place]
 
-    def keep(self, alive: Collection[KvSource]) -> None:
-        """Forgets every source but these: memory of a worker that is gone is taken for as long as somebody maps it."""
-        known = {(source.worker_id, source.epoch) for source in alive}
-        for source in [s for s in self._sources.values() if (s.worker_id, s.epoch) not in known]:
-            self.forget(source)
+    def keep(self, alive: Collection[KvSource], patience_s: float) -> None:
+        """Forgets the sources that `alive` has not named, and nobody has used, for `patience_s`, and at once those with a newer
+        incarnation: memory of a worker that is gone is taken for as long as somebody maps it.
+
+        Not at once all that are missing: a directory that restarted empty names nobody for a while, and forgetting a source
+        ends the hand-offs that are under way from it.
+        """
+        now = self._clock.now()
+        newest = {source.worker_id: source.epoch for source in alive}
+        for source in list(self._sources.values()):
+            epoch = newest.get(source.worker_id)
+            if epoch == source.epoch:
+                self._heard[source.worker_id] = now
+            elif (epoch or 0) > source.epoch or now - self._heard[source.worker_id] >= patience_s:
+                self.forget(source)
 
     async def close(self) -> None:
         """Closes the transports."""

@@ -90,7 +90,8 @@ class StoreAnnouncer:
         self._refused = False
         self._joined_at = now
         if self._store.plane is not None:
-            self._store.plane.fetcher.keep([node.source for node in await self._directory.nodes()])
+            nodes = await self._directory.nodes()
+            self._store.plane.fetcher.keep([node.source for node in nodes], self._ttl_s)
         if fresh or not known:
             self._plane = self._store.plane
             self._everything = True

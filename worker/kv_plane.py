@@ -188,7 +188,7 @@ class KvPlane:
         """Nobody is asked for blocks while nobody of this model is there, so that prompts lose no time over it."""
         here, layout = self._base.spec.worker_id, self._base.node.layout
         self._peers = sum(node.source.worker_id != here and node.layout == layout for node in nodes)
-        self.fetcher.keep([node.source for node in nodes])
+        self.fetcher.keep([node.source for node in nodes], self._base.spec.config.store.directory_ttl_s)
         if self.offerer is not None and self.announcer is not None and self.offerer.met(nodes):
             self.announcer.again()  # a store that knows nothing of ours yet
 
