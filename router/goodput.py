@@ -57,9 +57,10 @@ class Goodput(Scored):
         forecasts = [*self._pairs(situation, need), *self._wholes(situation, need)]
         if not forecasts:
             return fixed
-        ranked = sorted(forecasts, key=lambda forecast: _rank(forecast, need))
-        candidates = tuple(_candidate(forecast, need) for forecast in ranked[:BEST_OF_EACH])
-        return Decision(ranked[0].pair, candidates, _why(candidates))
+        limits_s = _limits_s(need)
+        ranked = sorted(((_rank(forecast, need, limits_s), forecast) for forecast in forecasts), key=lambda pair: pair[0])
+        candidates = tuple(_candidate(forecast, rank) for rank, forecast in ranked[:BEST_OF_EACH])
+        return Decision(candidates[0].pair, candidates, _why(candidates))
 
     def _pairs(self, situation: Situation, need: Need) -> list[Forecast]:
         prefill, decode = situation.prefill, situation.decode
@@ -97,7 +98,7 @@ def forecast(situation: Situation, need: Need, pair: Pair) -> Candidate | None:
         for pool in (situation.whole, situation.decode):
             if made is None and (row := pool.row.get(pair.decode)) is not None:
                 made = _Whole(situation, pool, need).of(row)
-    return _candidate(made, need) if made is not None else None
+    return _candidate(made, _rank(made, need, _limits_s(need))) if made is not None else None
 
 
 class _Split:
@@ -123,7 +124,7 @@ class _Split:
         exposed_s = exposed_s + self._decode.corrections.join_s[d]
         gap_s = self.gap_s[d] + exposed_s / max(1.0, need.output_tokens / 10)
         missed, over = self._harmed[d] + np.zeros(p.size), np.zeros(gap_s.shape)
-        for predicted_s, limit_s in ((ttft_s, _ttft_limit_s(need)), (gap_s, _gap_limit_s(need))):
+        for predicted_s, limit_s in zip((ttft_s, gap_s), _limits_s(need), strict=True):
             if limit_s is not None:
                 missed += predicted_s > limit_s
                 over += np.maximum(predicted_s / limit_s - 1, 0.0)
@@ -228,15 +229,19 @@ def _gap_limit_s(need: Need) -> float | None:
     return NEAR * min(limits) if limits else None
 
 
-def _ttft_limit_s(need: Need) -> float | None:
-    return need.slo.ttft_s and NEAR * need.slo.ttft_s
+def _limits_s(need: Need) -> tuple[float | None, float | None]:
+    """What a prediction of the first token and one of gaps may be."""
+    return need.slo.ttft_s and NEAR * need.slo.ttft_s, _gap_limit_s(need)
 
 
-def _rank(forecast: Forecast, need: Need) -> tuple[float, float, float, float, str]:
+_Rank = tuple[float, float, float, float, str]
+
+
+def _rank(forecast: Forecast, need: Need, limits_s: tuple[float | None, float | None]) -> _Rank:
     """Requests that miss a limit, then by how much this one does, then the time until its last token."""
     over = 0.0
     missed = forecast.harmed
-    for predicted_s, limit_s in ((forecast.ttft_s, _ttft_limit_s(need)), (forecast.gap_s, _gap_limit_s(need))):
+    for predicted_s, limit_s in zip((forecast.ttft_s, forecast.gap_s), limits_s, strict=True):
         if limit_s is not None and predicted_s > limit_s:
             missed += 1
             over += predicted_s / limit_s - 1
@@ -244,8 +249,8 @@ def _rank(forecast: Forecast, need: Need) -> tuple[float, float, float, float, s
     return (missed, over, total_s, forecast.load, forecast.pair.decode + (forecast.pair.prefill or ""))
 
 
-def _candidate(forecast: Forecast, need: Need) -> Candidate:
-    missed, over, total_s, *_ = _rank(forecast, need)
+def _candidate(forecast: Forecast, rank: _Rank) -> Candidate:
+    missed, over, total_s, *_ = rank
     reason = f"misses {missed:g}" if missed else "within limits"
     return Candidate(
         forecast.pair,
