@@ -3,6 +3,9 @@
 A worker learns what its steps cost while they run. Left out are the way there and back, time lost between steps, other
 processes on the same cores, and the turn a hand-off waits for: none of them is known beforehand, all of them are steady for a
 while. So the median of the latest few outcomes of each worker corrects what is predicted next; one odd request moves nothing.
+
+What is kept is how long a standard chunk of prompt and a standard gap really took, not by how much a prediction was off:
+workers fit their costs anew all the time, and a factor on an older fit would count twice what the new one knows.
 """
 
 from __future__ import annotations
@@ -16,16 +19,18 @@ if TYPE_CHECKING:
 
 REMEMBERED = 15
 OUTCOMES_MIN = 3
-FACTOR_MAX = 20.0
+CHUNK_TOKENS = 256
+GAP_CONTEXT = 256
 WORKERS_MAX = 16_384
 
 
 class Correction(NamedTuple):
-    """Of one worker. `prefill` multiplies the cost of prompts, `gap` that of decode steps; `overhead_s` is added to a first
-    token, `join_s` to the gap after it when the request was handed over."""
+    """Of one worker. `chunk_s`: what a chunk of `CHUNK_TOKENS` of a prompt takes; `gap_s`: what a gap takes with one request of
+    `GAP_CONTEXT` tokens; 0 while unknown. `overhead_s` is added to a first token, `join_s` to the gap after it when the request
+    was handed over."""
 
-    prefill: float = 1.0
-    gap: float = 1.0
+    chunk_s: float = 0.0
+    gap_s: float = 0.0
     overhead_s: float = 0.0
     join_s: float = 0.0
 
@@ -50,12 +55,12 @@ class Calibration:
         if facts.first_token_at is not None and facts.prefill.prefill_s > 0:
             self._add(first, "overhead_s", max(facts.first_token_at - facts.arrived_at - at_s - computing_s, 0.0))
             if chosen.queue_s + chosen.prefill_s > 0:
-                self._add(first, "prefill", _clipped(computing_s / (chosen.queue_s + chosen.prefill_s) * chosen.prefill_factor))
+                self._add(first, "chunk_s", computing_s / (chosen.queue_s + chosen.prefill_s) * chosen.standard_chunk_s)
         if facts.first_token_at is None or facts.second_token_at is None or facts.last_token_at is None or facts.num_tokens < 3:
             return
         gap_s = (facts.last_token_at - facts.second_token_at) / (facts.num_tokens - 2)
         if gap_s > 0 and chosen.step_s > 0:
-            self._add(decode, "gap", _clipped(gap_s / chosen.step_s * chosen.gap_factor))
+            self._add(decode, "gap_s", gap_s / chosen.step_s * chosen.standard_gap_s)
         if chosen.pair.prefill is not None:
             late_s = facts.second_token_at - facts.first_token_at - gap_s - facts.decode.transfer_exposed_s
             self._add(decode, "join_s", max(late_s, 0.0))
@@ -68,7 +73,3 @@ class Calibration:
             self._known[worker] = self.of(worker)._replace(**{name: sorted(series)[len(series) // 2]})
         while len(self._workers) > WORKERS_MAX:
             self._known.pop(self._workers.popitem(last=False)[0], None)
-
-
-def _clipped(factor: float) -> float:
-    return min(max(factor, 1 / FACTOR_MAX), FACTOR_MAX)

@@ -78,14 +78,14 @@ class Explanation:
         chosen, outcome = self.last.chosen, self.outcome
         if chosen is None or outcome is None or outcome.failovers or outcome.timing.ttft_s <= self.last.at_s:
             return None
-        return _relative(chosen.ttft_s, outcome.timing.ttft_s - self.last.at_s)
+        return relative_error(chosen.ttft_s, outcome.timing.ttft_s - self.last.at_s)
 
     @property
     def tpot_error(self) -> float | None:
         chosen, outcome = self.last.chosen, self.outcome
         if chosen is None or outcome is None or outcome.failovers or outcome.timing.tpot_s <= 0:
             return None
-        return _relative(chosen.tpot_s, outcome.timing.tpot_s)
+        return relative_error(chosen.tpot_s, outcome.timing.tpot_s)
 
 
 class Decisions:
@@ -140,5 +140,5 @@ def _made(at_s: float, decision: Decision) -> Made:
     return Made(at_s, decision.place, decision.reason, decision.candidates[:CANDIDATES_MAX])
 
 
-def _relative(predicted_s: float, actual_s: float) -> float:
+def relative_error(predicted_s: float, actual_s: float) -> float:
     return abs(predicted_s - actual_s) / actual_s

@@ -26,8 +26,8 @@ NEAR = 0.9
 
 class Forecast(NamedTuple):
     """`step_s` is a gap, `gap_s` with what the hand-off adds to the slowest tenth of gaps, `tpot_s` with what it adds to their
-    mean. `harmed`: requests running there that the newcomer pushes over a limit like its own. `factors`: by which the
-    costs of prefill and decode were corrected."""
+    mean. `harmed`: requests running there that the newcomer pushes over a limit like its own. `standard`: chunk and gap, as
+    in `router.calibration.Correction`."""
 
     pair: Pair
     overhead_s: float
@@ -40,7 +40,7 @@ class Forecast(NamedTuple):
     harmed: float
     load: float
     """Ties go to the less loaded."""
-    factors: tuple[float, float]
+    standard: tuple[float, float]
 
     @property
     def ttft_s(self) -> float:
@@ -150,7 +150,7 @@ class _Split:
             step_s + exposed_s / max(1.0, need.output_tokens - 1.0),
             float(self._harmed[d]),
             float(prefill.waiting_tokens[p] + decode.running[d]),
-            (float(prefill.corrections.prefill[p]), float(decode.corrections.gap[d])),
+            (float(prefill.standard_chunk_s[p]), float(decode.standard_gap_s[d])),
         )
 
 
@@ -199,7 +199,7 @@ class _Whole:
             gap_s,
             float(self._harmed[row]),
             float(pool.waiting_tokens[row] + pool.running[row]),
-            (float(pool.corrections.prefill[row]), float(pool.corrections.gap[row])),
+            (float(pool.standard_chunk_s[row]), float(pool.standard_gap_s[row])),
         )
 
 
@@ -264,8 +264,8 @@ def _candidate(forecast: Forecast, rank: _Rank) -> Candidate:
         transfer_s=forecast.transfer_s,
         tpot_s=forecast.tpot_s,
         step_s=forecast.step_s,
-        prefill_factor=forecast.factors[0],
-        gap_factor=forecast.factors[1],
+        standard_chunk_s=forecast.standard[0],
+        standard_gap_s=forecast.standard[1],
     )
 
 

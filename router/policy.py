@@ -75,9 +75,9 @@ class Candidate:
     tpot_s: float = 0.0
     step_s: float = 0.0
     """A gap without what the hand-off adds."""
-    prefill_factor: float = 1.0
-    gap_factor: float = 1.0
-    """By which the workers' own costs were corrected: `router.calibration`."""
+    standard_chunk_s: float = 0.0
+    standard_gap_s: float = 0.0
+    """What was believed of these two workers: see `router.calibration.Correction`."""
 
 
 @dataclass(frozen=True, slots=True)

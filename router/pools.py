@@ -17,7 +17,7 @@ import numpy.typing as npt
 from core.cost_model import StepCost
 from core.request import WorkerRole
 from router.block_index import BlockIndex
-from router.calibration import Calibration
+from router.calibration import CHUNK_TOKENS, GAP_CONTEXT, Calibration
 from router.view import NOTHING, Claims, Held, WorkerView
 
 Column = npt.NDArray[np.float64]
@@ -27,8 +27,8 @@ UNKNOWN_COST = StepCost(base_s=2e-3, prefill_token_s=1e-4, prefill_pair_s=1e-8, 
 """Of a pool in which nobody has learned anything yet: the shape is right, and workers are told apart by load alone."""
 
 
-CHUNK_TOKENS = 256
-"""Of chunked prefill: what one step computes of prompts."""
+FACTOR_MAX = 20.0
+"""By which outcomes may correct what a worker learned of itself."""
 TYPICAL_PROMPT_TOKENS = 512
 """Of others' prompts only the sum of tokens is known; their attention is that of prompts of this length."""
 
@@ -36,8 +36,8 @@ TYPICAL_PROMPT_TOKENS = 512
 class Corrections(NamedTuple):
     """`router.calibration.Correction` of each worker."""
 
-    prefill: Column
-    gap: Column
+    chunk_s: Column
+    gap_s: Column
     overhead_s: Column
     join_s: Column
 
@@ -86,6 +86,7 @@ class Pool:
         each = [known.of(name) for name in self.names]
         self.corrections = Corrections(*(_column([getattr(one, name) for one in each]) for name in Corrections._fields))
         self.cost = _corrected(_costs(workers, typical), self.corrections, [w.role is WorkerRole.PREFILL for w in workers])
+        self.standard_chunk_s, self.standard_gap_s = _chunk_s(self.cost), _gap_s(self.cost)
         self.prefills = np.zeros(len(workers))
         self.claimed_tokens = np.zeros(len(workers))
         self.waiting_tokens = self._other_tokens.copy()
@@ -197,14 +198,30 @@ def _others(reported: Sequence[float], ours: Sequence[float], fresh: Mask) -> Co
 
 
 def _corrected(cost: CostColumns, known: Corrections, prefills_only: Sequence[bool]) -> CostColumns:
-    base = np.where(np.array(prefills_only, dtype=np.bool_), known.prefill, known.gap)
+    """Costs under which a standard chunk and a standard gap take what they were seen to take."""
+    alone = np.array(prefills_only, dtype=np.bool_)
+    prefill, gap = _factor(known.chunk_s, _chunk_s(cost)), _factor(known.gap_s, _gap_s(cost))
     return CostColumns(
-        cost.base_s * base,
-        cost.prefill_token_s * known.prefill,
-        cost.prefill_pair_s * known.prefill,
-        cost.decode_row_s * known.gap,
-        cost.decode_context_s * known.gap,
+        cost.base_s * np.where(alone, prefill, gap),
+        cost.prefill_token_s * prefill,
+        cost.prefill_pair_s * prefill,
+        cost.decode_row_s * gap,
+        cost.decode_context_s * gap,
     )
+
+
+def _factor(seen_s: Column, predicted_s: Column) -> Column:
+    factor = np.clip(seen_s / np.maximum(predicted_s, 1e-12), 1 / FACTOR_MAX, FACTOR_MAX)
+    return np.where(seen_s > 0, factor, 1.0)
+
+
+def _chunk_s(cost: CostColumns) -> Column:
+    tokens = CHUNK_TOKENS
+    return cost.base_s + cost.prefill_token_s * tokens + cost.prefill_pair_s * (tokens * (tokens + 1) / 2)
+
+
+def _gap_s(cost: CostColumns) -> Column:
+    return cost.base_s + cost.decode_row_s + cost.decode_context_s * GAP_CONTEXT
 
 
 def typical_cost(workers: Iterable[WorkerView]) -> StepCost | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,11 +11,11 @@ from test_placing import D, P, view, worker
 
 from core.cost_model import StepCost
 from core.request import AttemptTiming
-from router.calibration import FACTOR_MAX, NO_CORRECTION, OUTCOMES_MIN, REMEMBERED, Calibration
+from router.calibration import NO_CORRECTION, OUTCOMES_MIN, REMEMBERED, Calibration
 from router.facts import Facts
 from router.goodput import Goodput, forecast
 from router.policy import Candidate, Need, Pair
-from router.pools import Pool
+from router.pools import FACTOR_MAX, Pool
 from router.situation import Situation
 from router.view import NO_CLAIM, Claim, Claims
 
@@ -30,9 +32,18 @@ def fared(computing_s: float = 0.2, overhead_s: float = 0.01, gap_s: float = 0.0
     return facts
 
 
-def predicted(factors: tuple[float, float] = (1.0, 1.0)) -> Candidate:
+def predicted(factor: float = 1.0) -> Candidate:
+    """A chunk of 256 tokens is believed to take 0.256 s, a gap 10 ms, both times `factor`."""
     return Candidate(
-        PAIR, 0.1, 0.01, 0.0, queue_s=0.05, prefill_s=0.05, step_s=0.01, prefill_factor=factors[0], gap_factor=factors[1]
+        PAIR,
+        0.1 * factor,
+        0.01,
+        0.0,
+        queue_s=0.05 * factor,
+        prefill_s=0.05 * factor,
+        step_s=0.01 * factor,
+        standard_chunk_s=0.256 * factor,
+        standard_gap_s=1e-3 * factor,
     )
 
 
@@ -41,16 +52,16 @@ def test_what_the_cost_model_leaves_out_is_learned():
     for number in range(OUTCOMES_MIN):
         assert known.of("p0") == NO_CORRECTION, f"{number} outcomes say nothing"
         known.observe(predicted(), 0.5, fared())
-    assert known.of("p0")._asdict() == pytest.approx({"prefill": 2.0, "gap": 1.0, "overhead_s": 0.01, "join_s": 0.0})
-    assert known.of("d0")._asdict() == pytest.approx({"prefill": 1.0, "gap": 2.0, "overhead_s": 0.0, "join_s": 0.005})
+    assert known.of("p0") == pytest.approx((0.512, 0.0, 0.01, 0.0))
+    assert known.of("d0") == pytest.approx((0.0, 2e-3, 0.0, 0.005))
 
 
 def test_a_prediction_that_was_corrected_already_is_not_corrected_twice():
     known = Calibration()
     for _ in range(OUTCOMES_MIN):
         known.observe(predicted(), 0.5, fared())
-        known.observe(predicted((2.0, 2.0)), 0.5, fared(computing_s=0.1, gap_s=0.01))
-    assert (known.of("p0").prefill, known.of("d0").gap) == pytest.approx((2.0, 2.0))
+        known.observe(predicted(2.0), 0.5, fared())
+    assert (known.of("p0").chunk_s, known.of("d0").gap_s) == pytest.approx((0.512, 2e-3))
 
 
 def test_one_odd_request_moves_nothing():
@@ -68,7 +79,7 @@ def test_what_was_long_ago_is_forgotten():
         known.observe(predicted(), 0.5, fared())
     for _ in range(REMEMBERED):
         known.observe(predicted(), 0.5, fared(computing_s=0.1))
-    assert known.of("p0").prefill == pytest.approx(1.0)
+    assert known.of("p0").chunk_s == pytest.approx(0.256)
 
 
 NUMBERS = st.one_of(st.floats(0, 1e6), st.sampled_from([0.0, 1e-12]))
@@ -78,14 +89,16 @@ NUMBERS = st.one_of(st.floats(0, 1e6), st.sampled_from([0.0, 1e-12]))
 def test_corrections_stay_sane_whatever_is_measured(outcomes):
     known = Calibration()
     for computing_s, overhead_s, gap_s, join_s, queue_s in outcomes:
-        candidate = Candidate(PAIR, 0.0, 0.0, 0.0, queue_s=queue_s, prefill_s=gap_s, step_s=queue_s)
+        candidate = Candidate(PAIR, 0.0, 0.0, 0.0, queue_s=queue_s, prefill_s=gap_s, step_s=queue_s, standard_chunk_s=join_s)
         known.observe(candidate, 0.5, fared(computing_s, overhead_s, gap_s, join_s))
         for worker_id in ("p0", "d0"):
             now = known.of(worker_id)
-            assert 1 / FACTOR_MAX <= now.prefill <= FACTOR_MAX
-            assert 1 / FACTOR_MAX <= now.gap <= FACTOR_MAX
-            assert now.overhead_s >= 0
-            assert now.join_s >= 0
+            assert all(0 <= value < math.inf for value in now)
+        for one, role in (("p0", P), ("d0", D)):
+            pool = Pool([worker(one, role, step_cost=COST)], Claims(), calibration=known)
+            for column, plain in zip(pool.cost, Pool([worker(one, role, step_cost=COST)], Claims()).cost, strict=True):
+                assert (column <= plain * FACTOR_MAX).all()
+                assert (column >= plain / FACTOR_MAX).all()
 
 
 def test_corrections_reach_predictions():
@@ -102,7 +115,16 @@ def test_corrections_reach_predictions():
     assert (plain.step_s, better.step_s) == pytest.approx((1e-3, 2e-3))
     assert better.transfer_s - plain.transfer_s == pytest.approx(0.005)
     assert better.tpot_s == pytest.approx(better.step_s + better.transfer_s / 50)
-    assert (better.prefill_factor, better.gap_factor) == pytest.approx((2.0, 2.0))
+
+
+def test_a_new_fit_that_knows_it_already_is_not_corrected_again():
+    known = Calibration()
+    for _ in range(OUTCOMES_MIN):
+        known.observe(predicted(), 0.5, fared())
+    for cost in (COST, COST.scaled(2.0), COST.scaled(3.0)):
+        pool = Pool([worker("p0", P, step_cost=cost)], Claims(), calibration=known)
+        assert pool.prefill_s(256.0) == pytest.approx([0.512])
+        assert pool.standard_chunk_s == pytest.approx([0.512])
 
 
 def test_prompts_ahead_count_one_by_one_less_what_is_done_of_the_first():
