@@ -32,11 +32,15 @@ from cli.load import OpenTarget
 from core.request import Slo
 
 SLACK = 5.0
-QUICK = Plan(duration_s=6.0, halvings=1, first_rate=4.0)
-FULL = Plan(duration_s=40.0, halvings=3, first_rate=4.0)
+QUICK_S, TUNE_S, FULL_S = 5.0, 10.0, 20.0
+"""For how long each rate is offered: with --quick, while chunk sizes are tried, and then."""
+QUICK_HALVINGS, FULL_HALVINGS = 1, 3
+FIRST_PART = 0.6
+"""Of what one worker could take if every prompt were as long as the mean: where the search begins."""
 SPLIT = {True: (256,), False: (128, 256, 512)}
-COLOCATED = {True: (64, 128), False: (32, 64, 128, 256)}
-"""Chunk sizes that are tried; True: with --quick."""
+COLOCATED = {True: (64, 128), False: (64, 128, 256)}
+TWO_THREADS = (128, 256)
+"""Chunk sizes that are tried; True: with --quick. The last: of one worker with both cores, not with --quick."""
 VLLM_CHUNKS = (256, 512)
 
 
@@ -52,12 +56,14 @@ class Study:
 
     @property
     def plan(self) -> Plan:
-        return QUICK if self.quick else FULL
+        first = FIRST_PART * SLACK / (self.slo.ttft_s or SLACK)
+        return Plan(QUICK_S, QUICK_HALVINGS, first) if self.quick else Plan(FULL_S, FULL_HALVINGS, first)
 
     @property
     def how(self) -> str:
-        limits = f"TTFT ≤ {ms(self.slo.ttft_s)}, TBT ≤ {ms(self.slo.tbt_s)}, by mean TPOT ≤ {ms(self.slo.tpot_s)}"
-        return f"demo model, {self.load.lengths.what} x {self.load.scale:g}, {limits}, {self.plan.duration_s:g} s per rate"
+        limits = f"TTFT ≤ {ms(self.slo.ttft_s)}, TBT ≤ {ms(self.slo.tbt_s)}, mean TPOT ≤ {ms(self.slo.tpot_s)}"
+        lengths = f"{self.load.lengths.what} x {self.load.scale:g}"
+        return f"demo model, float32, {lengths}, {limits}, {self.plan.duration_s:g} s per rate"
 
 
 def ms(seconds: float | None) -> str:
@@ -86,17 +92,25 @@ async def limits(study: Study) -> list[Row]:
     return rows
 
 
+async def curve_of(study: Study, shape: Shape, plan: Plan) -> Curve:
+    with ours(shape) as cluster:
+        async with warmed(grpc_target(cluster.grpc, study.slo), study.load) as target:
+            return await search(target, study.load, study.slo, plan, shape.name)
+
+
 async def best_of(study: Study, kind: str, shapes: list[Shape]) -> tuple[Shape, Curve]:
-    """The shape with the highest rate; the next one's search begins where the last one's ended."""
-    found: list[tuple[Shape, Curve]] = []
+    """The shape with the highest rate in a short search, measured again at length; each search begins where one ended."""
     plan = study.plan
+    tried = plan if study.quick else Plan(TUNE_S, QUICK_HALVINGS, plan.first_rate)
+    found: list[tuple[Shape, Curve]] = []
     for shape in shapes:
-        with ours(shape) as cluster:
-            async with warmed(grpc_target(cluster.grpc, study.slo), study.load) as target:
-                curve = await search(target, study.load, study.slo, plan, shape.name)
+        curve = await curve_of(study, shape, tried)
         found.append((shape, curve))
-        plan = Plan(plan.duration_s, plan.halvings, curve.rate or plan.first_rate)
+        tried = Plan(tried.duration_s, tried.halvings, curve.rate or tried.first_rate)
     best = max(found, key=lambda one: one[1].rate or 0.0)
+    if not study.quick:
+        again = Plan(plan.duration_s, plan.halvings, best[1].rate or plan.first_rate)
+        best = (best[0], await curve_of(study, best[0], again))
     study.best[kind] = best
     study.lines.setdefault("split", []).append(Line(f"{kind}, chunks of {best[0].chunk}", [*best[1].joint.items()]))
     return best
@@ -106,7 +120,7 @@ async def split_against_colocated(study: Study) -> list[Row]:
     split = await best_of(study, "split", [Shape(1, 1, 0, chunk) for chunk in SPLIT[study.quick]])
     shapes = [Shape(0, 0, 2, chunk) for chunk in COLOCATED[study.quick]]
     if not study.quick:
-        shapes += [Shape(0, 0, 1, chunk, threads=2) for chunk in COLOCATED[False][1:]]
+        shapes += [Shape(0, 0, 1, chunk, threads=2) for chunk in TWO_THREADS]
     colocated = await best_of(study, "colocated", shapes)
     rows = []
     for name, (shape, curve) in (("split", split), ("colocated", colocated)):
@@ -182,7 +196,7 @@ async def measure(study: Study, parts: list[str]) -> list[Row]:
     if "split" in parts:
         rows += await split_against_colocated(study)
     if "policies" in parts:
-        found, lines = await policy_rows(study.load, study.slo, study.quick, study.how)
+        found, lines = await policy_rows(study.load, study.slo, study.quick, study.plan.first_rate, study.how)
         rows += found
         study.lines["policies"] = lines
     if "vllm" in parts:

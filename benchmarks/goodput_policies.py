@@ -17,15 +17,16 @@ FIRST = "goodput"
 SHARED = 0.5
 """Of the prompts begin with one of a few common prefixes, so that there is something to be aware of."""
 QUICK_POLICIES = (FIRST, "least_load", "prefix_aware", "conductor")
-QUICK = (Plan(5.0, 0, 4.0), (0.7, 1.0))
-FULL = (Plan(30.0, 2, 4.0), (0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.45))
-"""For the first policy's own search, then at which parts of its rate everybody is measured."""
+QUICK = (5.0, 0, (0.75, 1.0, 1.3))
+FULL = (20.0, 2, (0.5, 0.7, 0.85, 1.0, 1.15, 1.35))
+"""Seconds per rate, halvings of the first policy's own search, then at which parts of its rate everybody is measured."""
 
 
-async def policy_rows(load: Conversations, slo: Slo, quick: bool, how: str) -> tuple[list[Row], list[Line]]:
+async def policy_rows(load: Conversations, slo: Slo, quick: bool, first_rate: float, how: str) -> tuple[list[Row], list[Line]]:
     names = [FIRST, *sorted(set(POLICIES) - {FIRST})]
     measured = [name for name in names if name in QUICK_POLICIES] if quick else names
-    plan, steps = QUICK if quick else FULL
+    duration_s, halvings, steps = QUICK if quick else FULL
+    plan = Plan(duration_s, halvings, first_rate)
     shared = Conversations(load.lengths, load.scale, SHARED)
     curves = await _curves(shared, slo, measured, plan, steps)
     how = f"{SHAPE.name}; {SHARED:.0%} of prompts share one of {shared.prefixes} prefixes of {shared.prefix_tokens}; {how}"
