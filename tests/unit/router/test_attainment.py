@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.latency import Outcome, RequestTrace
@@ -34,6 +34,7 @@ def test_limits(felt: Felt, missed: tuple[str, ...]):
     assert felt.missed(Slo()) == ()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 4)), max_size=60), st.integers(1, 3))
 def test_gaps_are_those_that_a_client_would_measure(deliveries: list[tuple[float, int]], first: int):
     gaps, now = Gaps(), 5.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import NotFoundError
@@ -111,6 +111,7 @@ def test_errors_are_counted_per_policy():
     assert decisions.ended("never seen", outcome()) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["decide", "refuse", "end"])), max_size=200), st.integers(1, 30))
 def test_memory_is_bounded_and_the_latest_request_is_always_known(steps: list[tuple[int, str]], kept_max: int):
     decisions = Decisions(kept_max)
