@@ -55,6 +55,7 @@ class WaitingRoom:
         self._rejects = config.admission == "reject"
         self._aging_s = config.aging_s
         self._limits = KeyedHeap()  # token limits of who is here or runs
+        self._held: set[str] = set()  # who waits although there is a place
 
     # ---- at the door -----------------------------------------------------------------------------------------------
 
@@ -81,6 +82,7 @@ class WaitingRoom:
     def left(self, spec: JourneySpec) -> None:
         """It is over, whatever became of it."""
         self._limits.discard(spec.request_id)
+        self._held.discard(spec.request_id)
         self.departures.gone(spec.request_id)
 
     def retry_s(self) -> float:
@@ -129,9 +131,14 @@ class WaitingRoom:
         def relief_s(at: float) -> float:
             return by_request_s * self.departures.between(pair.decode, now, at)
 
+        verdict: Refusal | Hold | None = None
         if spec.priority < 0 and spec.slo == Slo():
-            return self._fill_gaps(predicted, relief_s(now + predicted.ttft_s), now, now - arrived_at)
-        return judge(now, arrived_at, spec, predicted, relief_s) if self._rejects else None
+            verdict = self._fill_gaps(predicted, relief_s(now + predicted.ttft_s), now, now - arrived_at)
+        elif self._rejects:
+            verdict = judge(now, arrived_at, spec, predicted, relief_s)
+        if isinstance(verdict, Hold):
+            self._held.add(spec.request_id)
+        return verdict
 
     def expect(self, spec: JourneySpec, decision: Decision, need: Need) -> None:
         """It goes to the place decided on, and will leave it again."""
@@ -154,12 +161,14 @@ class WaitingRoom:
 
     def taken(self, spec: JourneySpec, now: float, *, again: bool) -> None:
         """A worker took it; `again`: it had been taken before, and its prompt charged."""
-        self._pace.accepted(now, others_wait=len(self.queue) > (spec.request_id in self.queue))
         if spec.request_id in self.queue:
             self.queue.taken(spec.request_id, now)
         elif not again:
             self.counters.arrive(spec.tenant)
             self.counters.leave(spec.tenant)
+        self._held.discard(spec.request_id)
+        next_one = self.queue.head(now)
+        self._pace.accepted(now, others_wait=next_one is not None and next_one not in self._held)
         if not again and spec.choice == 0:
             self._charge(spec.tenant, INPUT_WEIGHT * len(spec.prompt), len(spec.prompt), now)
 

@@ -164,6 +164,24 @@ def test_batch_work_yields_to_the_limits_of_others_until_it_has_waited_long():
     assert waits.judge(batch, 0.0, decision, here(), 0.0) is None
 
 
+def test_who_is_held_says_nothing_of_how_fast_places_come_free():
+    waits, batch = room(admission="reject"), spec("batch", priority=-10)
+    waits.entered(spec("chat", slo=Slo(ttft_s=1.0, tbt_s=0.05)))
+    assert isinstance(waits.judge(batch, 0.0, Decision(PAIR, (predicted(0.1, gap_s=0.05),)), here(), 0.0), Hold)
+    assert waits.wait(batch, 0.0, here(), Need(10), urgent=False) is None
+    for second in (0.0, 10.0, 20.0):  # somebody comes every ten seconds and finds a place at once
+        waits.taken(spec(f"s{second}"), second, again=False)
+    one, two = (spec(name, slo=Slo(ttft_s=1.0)) for name in ("one", "two"))
+    assert waits.wait(one, 30.0, here(), Need(10, now=30.0), urgent=False) is None
+    assert waits.wait(two, 30.0, here(), Need(10, now=30.0), urgent=False) is None, "its turn is near"
+    waits.taken(one, 30.0, again=False)
+    waits.taken(two, 34.0, again=False)
+    late = waits.wait(spec("late", slo=Slo(ttft_s=0.1)), 34.0, here(), Need(10, now=34.0), urgent=False)
+    assert late is None, "nobody of its class waits"
+    busy = waits.wait(spec("later", slo=Slo(ttft_s=0.1)), 34.0, here(), Need(10, now=34.0), urgent=False)
+    assert isinstance(busy, Refusal), "the last place that somebody waited for took 4 s to come free"
+
+
 def test_service_is_charged_to_counter_and_quota():
     waits = room(tenants={"a": {"weight": 2.0, "tokens_per_s": 1.0, "burst_tokens": 12.0}, "b": {}})
     asked = spec(tenant="a")
