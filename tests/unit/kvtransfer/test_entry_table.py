@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.entry_table import NOTHING, PART_KEYS_MAX, PART_PLACES, SHARE, EntryTable, Keys, Values, distinct
@@ -24,6 +24,7 @@ def put(table: EntryTable, keys: Keys, value: int) -> int:
     return table.change(keys, lambda _, old: np.full(old.size, value, np.uint32))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.lists(st.integers(1, 40), unique=True), st.integers(0, 3)), max_size=30), st.integers(0, 3))
 def test_it_is_a_dict(changes, fold):
     """`fold`: keys whose home is one place, up to those of all keys."""
