@@ -158,6 +158,7 @@ async def test_unknown_names_and_contradictions_are_refused_at_both_doors():
             answer = await web.post("/v1/completions", json=BODY | options)
             assert answer.status_code == 400
             assert says in answer.json()["error"]["message"]
+            assert answer.json()["error"]["param"] in ("slo_class", "tenant", "ttft_slo_s", "tbt_slo_s")
         good = await client.generate(list(PROMPT), PARAMS, tenant="gold", slo_class="interactive")
         assert list(good.token_ids) == expected(PROMPT, 7, 16)
         answer = await web.post(
