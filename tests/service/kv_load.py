@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tandem import AsyncClient, SamplingParams
 CONFIG = """
 redis: REDIS
 cluster: {prefill: 2}
-store: {dram_bytes: 24MiB, directory_ttl_s: 2.0, fetch_always: true}
+store: {dram_bytes: 24MiB, disk_bytes: 64MiB, disk_dir: DISK, directory_ttl_s: 2.0, fetch_always: true}
 engine: {kv_bytes: 4MiB}
 log_level: warning
 """
@@ -27,6 +28,11 @@ PROMPTS = [begin + end for end in ("def volume(", "class Shape:") for begin in B
 SAMPLING = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 AT_ONCE = 3
 DEADLINE_S = 40.0
+
+ENDED = "tandem_worker_attempts_total"
+LOST = ("failed", "superseded", "orphaned", "expired")
+MISTAKES = [f'{ENDED}{{outcome="{outcome}"' for outcome in LOST] + ["tandem_kv_digest_failures_total"]
+"""Attempts that ended for want of something, leases among it, and blocks that were not what they should be."""
 
 Tokens = Mapping[str, tuple[int, ...]]
 """Of each prompt's answer."""
@@ -41,7 +47,7 @@ async def reference() -> Tokens:
 
 @dataclass
 class Load:
-    """What clients got so far. `scrape` sums metrics over the workers that were up when it began."""
+    """What clients got so far, and what the workers counted that were up when it began."""
 
     cluster: Cluster
     expected: Tokens
@@ -59,20 +65,23 @@ class Load:
             assert tuple(result.token_ids) == self.expected[prompt]
             self.done += 1
 
-    async def scrape(self, *names: str) -> float:
-        """The sum of all samples of these metrics."""
-        total = 0.0
+    async def scrape(self, *names: str) -> Counter[str]:
+        """These metrics by sample, each summed over the workers."""
+        total = Counter[str]()
         for address in self.metrics:
-            page = (await self.http.get(f"http://{address}/metrics")).text
-            total += sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(names))
+            for line in (await self.http.get(f"http://{address}/metrics")).text.splitlines():
+                if line.startswith(names):
+                    sample, _, value = line.rpartition(" ")
+                    total[sample] += float(value)  # type: ignore[assignment]
         return total
 
     async def fetched(self) -> float:
         """Blocks that prefill workers had from elsewhere."""
-        return await self.scrape('tandem_kv_found_blocks_total{source="peer"', 'tandem_kv_found_blocks_total{source="store"')
+        found = await self.scrape("tandem_kv_found_blocks_total")
+        return sum(blocks for sample, blocks in found.items() if 'source="local"' not in sample)
 
     async def unanswered(self) -> float:
-        return await self.scrape("tandem_kv_directory_failures_total")
+        return (await self.scrape("tandem_kv_directory_failures_total")).total()
 
     async def answered(self, more: int) -> None:
         """Returns after so many more requests."""
@@ -87,18 +96,22 @@ class Load:
 
 @asynccontextmanager
 async def load(cluster: Cluster, expected: Tokens) -> AsyncIterator[Load]:
-    """Clients ask on until the block ends; none of their requests may fail or be tried again by the SDK."""
-    workers = await asyncio.to_thread(lambda: [*cluster.workers("prefill"), *cluster.workers("decode")])
+    """Clients ask on until the block ends; none of their requests may fail, or be tried again by the SDK, or by the router."""
+    status = await asyncio.to_thread(cluster.status)
     async with (
         AsyncClient(cluster.grpc, timeout_s=30.0, max_retries=0) as client,
         httpx.AsyncClient() as http,
         asyncio.TaskGroup() as group,
     ):
-        running = Load(cluster, expected, [worker["metrics"] for worker in workers], http)
+        metrics = [worker["metrics"] for worker in status["workers"] if worker["role"] != "router"]
+        running = Load(cluster, expected, metrics, http)
+        mistakes = await running.scrape(*MISTAKES)
         for n in range(AT_ONCE):
             group.create_task(running.ask_on(client, n * len(PROMPTS) // AT_ONCE), name=f"client {n}")
         try:
             yield running
+            assert await running.scrape(*MISTAKES) == mistakes, cluster.log.read_text()[-4000:]
+            assert (await running.scrape(ENDED)).total() >= running.done, "they are counted under this name"
         finally:
             running.stopped = True
 
