@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from router.baselines import matched_tokens
-from router.policy import Candidate, Decision, Need, Pair, Scored, window_open
+from router.policy import Candidate, Decision, Need, Pair, Scored, can_place, window_open
 from router.pools import Column, Mask, Pool
 from router.situation import Situation
 
@@ -51,12 +51,11 @@ class Goodput(Scored):
     wants_keys = True
 
     def decide(self, situation: Situation, need: Need) -> Decision:
-        fixed = super().decide(situation, need)  # whoever must not be asked, whoever is preferred, and why nobody
-        if not isinstance(fixed.place, Pair) or fixed.place == need.prefer:
-            return fixed
+        if need.prefer is not None or not can_place(situation, need):
+            fixed = super().decide(situation, need)  # who is preferred, and why nobody
+            if not isinstance(fixed.place, Pair) or fixed.place == need.prefer:
+                return fixed
         forecasts = [*self._pairs(situation, need), *self._wholes(situation, need)]
-        if not forecasts:
-            return fixed
         limits_s = _limits_s(need)
         ranked = sorted(((_rank(forecast, need, limits_s), forecast) for forecast in forecasts), key=lambda pair: pair[0])
         candidates = tuple(_candidate(forecast, rank) for rank, forecast in ranked[:BEST_OF_EACH])

@@ -157,6 +157,15 @@ def window_open(pool: Pool, tokens: int) -> Mask:
     return np.asarray((pool.prefills == 0) | (pool.claimed_tokens + tokens <= PREFILL_WINDOW_TOKENS))
 
 
+def can_place(situation: Situation, need: Need) -> bool:
+    """Whether there is a pair or a colocated worker to choose."""
+    prefill = situation.prefill
+    if situation.whole.allowed(need.avoid).any():
+        return True
+    may_prefill = prefill.allowed(need.avoid) & window_open(prefill, need.tokens)
+    return bool(may_prefill.any() and situation.decode.allowed(need.avoid).any())
+
+
 def why_nobody(situation: Situation, need: Need) -> Nobody:
     """For the user, when a pair and a colocated worker are both missing."""
     if len(situation.prefill) and len(situation.decode):

@@ -94,7 +94,9 @@ class Pool:
         self.context = self._other_context.copy()
         self.coming = np.zeros(len(workers))
         self.coming_tokens = np.zeros(len(workers))
-        self._squares = np.zeros(len(workers))
+        self._others_s = self._work_s(self._other_tokens, self._other_tokens * TYPICAL_PROMPT_TOKENS)
+        self._ours_s = np.zeros(len(workers))
+        self._first_s = np.zeros(len(workers))
         self._since = np.zeros(len(workers))
         self._slots_version = -1
         self.refresh(self.names)
@@ -112,7 +114,8 @@ class Pool:
             held = claims.held(name)
             self.prefills[row] = held.prefills
             self.claimed_tokens[row] = held.prefill_tokens
-            self._squares[row], self._since[row] = held.prefill_squares, held.since
+            self._ours_s[row] = ours_s = self._work_of(row, held)
+            self._first_s[row], self._since[row] = ours_s / max(held.prefills, 1), held.since
             self.waiting_tokens[row] = self._other_tokens[row] + held.prefill_tokens
             self.running[row] = self._other_running[row] + held.running
             self.context[row] = self._other_context[row] + held.context_tokens
@@ -147,16 +150,22 @@ class Pool:
 
         That one may take longer than predicted, but never counts as more than done.
         """
-        ours_s = self._work_s(self.claimed_tokens, self._squares)
-        done_s = np.clip(now - self._since, 0.0, ours_s / np.maximum(self.prefills, 1.0))
-        others_s = self._work_s(self._other_tokens, self._other_tokens * TYPICAL_PROMPT_TOKENS)
-        return ours_s - done_s + np.maximum(others_s - max(now - self._seen_at, 0.0), 0.0)
+        done_s = np.minimum(np.maximum(now - self._since, 0.0), self._first_s)
+        return self._ours_s - done_s + np.maximum(self._others_s - max(now - self._seen_at, 0.0), 0.0)
 
     def _work_s(self, tokens: Column, squares: Column) -> Column:
         """Prompts that have so many tokens together, and so many squared. Short ones share steps."""
         cost = self.cost
         steps_s = np.ceil(tokens / CHUNK_TOKENS) * cost.base_s
         return np.asarray(steps_s + cost.prefill_token_s * tokens + cost.prefill_pair_s * (squares + tokens) / 2)
+
+    def _work_of(self, row: int, held: Held) -> float:
+        """As `_work_s`, of our prompts on one worker."""
+        cost, tokens = self.cost, held.prefill_tokens
+        steps_s = -(-tokens // CHUNK_TOKENS) * cost.base_s[row]
+        return float(
+            steps_s + cost.prefill_token_s[row] * tokens + cost.prefill_pair_s[row] * (held.prefill_squares + tokens) / 2
+        )
 
     def gap_of_s(self, rows: Column, context: Column) -> Column:
         """The gap between two tokens in a batch of so many rows, which hold so many tokens together."""
