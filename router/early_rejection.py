@@ -110,7 +110,12 @@ def quickest_s(situation: Situation, need: Need) -> tuple[float, float]:
             prefills.append(float(pool.prefill_s(need.tokens - cached, cached).min()))
     pools = [pool for pool in (situation.decode, situation.whole) if len(pool)]
     decodes = [float((pool.cost.base_s + pool.cost.decode_row_s).min()) for pool in pools]
-    return min(prefills, default=0.0), need.output_tokens * min(decodes, default=0.0)
+    return _sane(min(prefills, default=0.0)), need.output_tokens * _sane(min(decodes, default=0.0))
+
+
+def _sane(seconds: float) -> float:
+    """Workers that report nonsense must not keep anybody from being put in line."""
+    return seconds if 0 <= seconds < math.inf else 0.0
 
 
 def costs_known(situation: Situation) -> bool:

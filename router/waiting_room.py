@@ -145,7 +145,8 @@ class WaitingRoom:
         predicted = next((candidate for candidate in decision.candidates if candidate.pair == decision.place), None)
         if predicted is not None:
             ends_at = need.now + predicted.ttft_s + need.output_tokens * predicted.tpot_s
-            self.departures.expect(spec.request_id, predicted.pair.decode, ends_at)
+            if math.isfinite(ends_at):
+                self.departures.expect(spec.request_id, predicted.pair.decode, ends_at)
 
     def _fill_gaps(self, predicted: Candidate, relief_s: float, now: float, waited_s: float) -> Hold | None:
         """Work without limits and below the others yields to their limits, until it has waited `aging_s`."""

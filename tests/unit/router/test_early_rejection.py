@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_policies import PROMPT, C, D, P, situation, worker
 
@@ -86,6 +86,7 @@ def test_departures_count_those_who_are_still_expected():
     assert departures.between("nobody", 0.0, 10.0) == 0
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_departures_agree_with_a_plain_list(seed):
     rng, departures, truth = random.Random(seed), Departures(), {}
@@ -205,3 +206,40 @@ def test_a_full_queue_says_when_to_come_again():
     with pytest.raises(OverloadedError, match=r"1 requests wait already \(router.max_queue is 1\)") as refused:
         waits.check("a", "standard", 0.0)
     assert refused.value.retry_after_s >= 1.0
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True)
+costs = st.none() | st.builds(StepCost, numbers, numbers, numbers, numbers, numbers)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning", "ignore:overflow encountered:RuntimeWarning")
+@settings(deadline=None)
+@given(
+    queue=st.sampled_from(["slack", "fcfs", "mlfq"]),
+    drawn=st.lists(st.tuples(st.sampled_from([P, D, C]), st.integers(-5, 10**9), costs), max_size=4),
+    slo=st.builds(Slo, *[st.none() | st.floats(1e-9, 1e9)] * 3),
+    deadline_s=st.none() | st.floats(1e-9, 1e9),
+    priority=st.integers(-20, 20),
+    candidates=st.lists(st.builds(Candidate, st.just(PAIR), numbers, numbers, numbers, tpot_s=numbers), max_size=1),
+    now=st.floats(0, 1e9),
+)
+def test_whatever_workers_report_everybody_is_placed_held_or_refused(queue, drawn, slo, deadline_s, priority, candidates, now):
+    """No view makes it raise, and no delay it names is endless."""
+    made = (worker(f"w{n}", role, running=load, step_cost=cost) for n, (role, load, cost) in enumerate(drawn))
+    seen, waits = situation(*made), room(admission="reject", queue=queue)
+    asked = spec(slo=slo, deadline_s=deadline_s, priority=priority)
+    waits.entered(replace(asked, request_id="other", slo=Slo(tbt_s=0.01)))
+    decision, need = Decision(PAIR, tuple(candidates)), Need(10, output_tokens=5, now=now)
+    verdict = waits.judge(asked, now, decision, seen, now)
+    if isinstance(verdict, Hold):
+        assert now <= verdict.look_at <= now + 60
+    refused = waits.wait(asked, now, seen, need, urgent=False)
+    for refusal in (verdict, refused):
+        if isinstance(refusal, Refusal):
+            assert 1.0 <= refusal.retry_after_s <= 60.0
+    if refused is None:
+        assert waits.queue.head(now) == "r"
+        waits.expect(asked, decision, need)
+        waits.taken(asked, now, again=False)
+    waits.left(asked)
+    assert len(waits.queue) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.config import RouterConfig, load
@@ -70,6 +70,7 @@ def test_limits_must_be_positive(field, limit_s):
     check_limits(Slo(**{field: 0.001}), None)
 
 
+@settings(deadline=None)
 @given(
     slo=st.builds(Slo, *[st.none() | st.floats()] * 3),
     deadline_s=st.none() | st.floats(),
