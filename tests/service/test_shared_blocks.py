@@ -94,6 +94,22 @@ def test_a_policy_that_nobody_knows_is_refused_with_those_there_are(key):
         load(overrides={key: "fifo"})
 
 
+async def test_a_worker_full_of_pins_still_takes_its_longest_request():
+    async with running(COLOCATED, store__pinned_share=1.0, model__max_model_len=400) as worker, connected(worker) as router:
+        total, most = worker.inventory.counts().total, worker.inventory.pinned_max
+        assert most == total - 400 // SIZE - 1 > 0
+        await flood(router, worker, total, b"")
+        keys = [entry.key for entry in worker.inventory.entries()]
+        async with grpc.aio.insecure_channel(worker.info.grpc_address) as channel:
+            stub = kv_pb2_grpc.KvStub(channel)
+            assert (await stub.Pin(kv_pb2.PinRequest(keys=keys[:most]), timeout=10)).pinned_blocks == most
+            with pytest.raises(grpc.aio.AioRpcError, match=f"{worker.spec.worker_id}: {most + 1} of {total} blocks"):
+                await stub.Pin(kv_pb2.PinRequest(keys=keys[most : most + 1]), timeout=10)
+        longest = item("longest", 390, max_tokens=10)
+        assert len(await asyncio.wait_for(router.local(longest), 20)) == 10
+        assert (await worker.metrics())["tandem_kv_pinned_blocks"] == most
+
+
 async def flood(router, worker: RunningWorker, blocks: int, tenant: bytes) -> None:
     """Prompts that are asked once, until so many blocks were committed."""
     for n in range(-(-blocks // 8)):
