@@ -63,11 +63,11 @@ def ours(shape: Shape, policy: str = "goodput") -> Iterator[Tandem]:
 
 
 def grpc_target(address: str, slo: Slo) -> OpenTarget:
-    return functools.partial(open_grpc, address, Asked(TIMEOUT_S, slo))
+    return functools.partial(open_grpc, address, Asked(TIMEOUT_S, slo=slo))
 
 
 def http_target(address: str, slo: Slo) -> OpenTarget:
-    return functools.partial(open_http, address, Asked(TIMEOUT_S, slo), True)
+    return functools.partial(open_http, address, Asked(TIMEOUT_S, slo=slo), True)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from cli.arrivals import Arrivals
 if TYPE_CHECKING:
     from cli.bench_run import Load
     from cli.load import OpenTarget
+    from cli.targets import Asked
     from cli.workload import Replay, Workload
-    from core.request import Slo
 
 SERVER, LOAD, PROMPTS, LIMITS, OUT = "Server", "Load", "Requests", "Limits", "Report"
 
@@ -28,6 +28,7 @@ def bench(
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds until a request counts as failed.", rich_help_panel=SERVER)
     ] = 120.0,
+    api_key: Annotated[str, typer.Option(help="Whose requests they are.", rich_help_panel=SERVER)] = "",
     ids: Annotated[
         bool, typer.Option("--ids", help="Of --url: prompts of token ids, exact in length, not words.", rich_help_panel=SERVER)
     ] = False,
@@ -97,6 +98,7 @@ def bench(
 
     from cli.bench_report import Report
     from cli.bench_run import Progress, measure
+    from cli.targets import Asked
     from cli.workload import Lengths, Replay, Sharing, Workload
     from core.request import Slo
     from tandem.errors import InvalidRequestError
@@ -127,20 +129,19 @@ def bench(
         loads = [_drawn(work, one, concurrency, duration, requests) for one in rates]
     slo = Slo(ttft_slo, tbt_slo, tpot_slo)
     told = slo if (declare if declare is not None else not url) else Slo()
-    target = _target(url, grpc, timeout, told, slo_class, ids)
+    target = _target(url, grpc, Asked(timeout, api_key, told, slo_class), ids)
     report = Report(slo, plot)
     with Progress(duration, len(loads), sys.stderr.isatty()) as progress:
         asyncio.run(measure(target, loads, warmup, progress, report.add))
     report.write(as_json)
 
 
-def _target(url: str | None, grpc: str | None, timeout_s: float, slo: Slo, slo_class: str, ids: bool) -> OpenTarget:
+def _target(url: str | None, grpc: str | None, asked: Asked, ids: bool) -> OpenTarget:
     import functools
 
     from cli.running import grpc_address
-    from cli.targets import Asked, open_grpc, open_http
+    from cli.targets import open_grpc, open_http
 
-    asked = Asked(timeout_s, slo, slo_class)
     return functools.partial(open_http, url, asked, ids) if url else functools.partial(open_grpc, grpc_address(grpc), asked)
 
 

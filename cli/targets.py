@@ -34,9 +34,11 @@ _WORDS = ("def", "self", "return", "value", "index", "for", "in", "range", "if",
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What every request asks for: an answer within `timeout_s`, and of Tandem the limits and the class it is told of."""
+    """What every request asks for: an answer within `timeout_s`, and of Tandem the limits and the class it is told of.
+    `api_key`: whose request it is; empty where nobody asks."""
 
     timeout_s: float
+    api_key: str = ""
     slo: Slo = field(default_factory=Slo)
     slo_class: str = ""
 
@@ -68,7 +70,7 @@ class GrpcTarget:
 @asynccontextmanager
 async def open_grpc(address: str, asked: Asked) -> AsyncIterator[GrpcTarget]:
     """Raises UnavailableError when nobody answers there."""
-    async with AsyncClient(address, max_retries=0) as client:
+    async with AsyncClient(address, asked.api_key or None, max_retries=0) as client:
         yield GrpcTarget(client, await client.model(), asked)
 
 
@@ -104,7 +106,7 @@ class HttpTarget:
         """Sends `body` and yields the objects of the answer. Raises TandemError, DeadlineExceededError after the timeout."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._asked.timeout_s
-        async with aclosing(_events(self._base, "/v1/completions", body)) as events:
+        async with aclosing(_events(self._base, "/v1/completions", body, self._asked.api_key)) as events:
             while True:
                 try:
                     async with asyncio.timeout_at(deadline):
@@ -120,26 +122,33 @@ class HttpTarget:
 async def open_http(url: str, asked: Asked, ids: bool = False) -> AsyncIterator[HttpTarget]:
     """`url` is the server's root, with or without `/v1`. Raises UnavailableError when nobody answers there."""
     base = urlsplit(url if "://" in url else f"http://{url}")
-    if base.scheme != "http" or not base.hostname:
-        raise InvalidRequestError(f"--url must look like http://HOST:PORT, got {url!r}")
+    if base.scheme not in ("http", "https") or not base.hostname:
+        raise InvalidRequestError(f"--url must look like http://HOST:PORT or https://HOST, got {url!r}")
     base = base._replace(path=base.path.rstrip("/").removesuffix("/v1"))
-    async with asyncio.timeout(CONNECT_TIMEOUT_S), aclosing(_events(base, "/v1/models", None)) as events:
-        models = await anext(events)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S), aclosing(_events(base, "/v1/models", None, asked.api_key)) as events:
+            models = await anext(events)
+    except TimeoutError:
+        raise UnavailableError(f"{url} did not say within {CONNECT_TIMEOUT_S:g} s which models it has") from None
     yield HttpTarget(base, models["data"][0], asked, ids)
 
 
-async def _events(base: SplitResult, path: str, body: dict[str, Any] | None) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(
+    base: SplitResult, path: str, body: dict[str, Any] | None, api_key: str
+) -> AsyncGenerator[dict[str, Any], None]:
     """JSON objects of an answer: each `data:` line of an event stream, or the one object of a plain answer."""
-    host, port = base.hostname or "", base.port or 80
+    secure = base.scheme == "https"
+    host, port = base.hostname or "", base.port or (443 if secure else 80)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await asyncio.open_connection(host, port, ssl=secure or None)
     except (OSError, TimeoutError) as error:
         raise UnavailableError(f"nobody answers at {host}:{port}: {error}") from None
     try:
         connection = h11.Connection(h11.CLIENT)
         data = b"" if body is None else json.dumps(body).encode()
         headers = [("Host", f"{host}:{port}"), ("Content-Type", "application/json"), ("Content-Length", str(len(data)))]
+        headers += [("Authorization", f"Bearer {api_key}")] if api_key else []
         head = h11.Request(method="GET" if body is None else "POST", target=base.path + path, headers=headers)
         for event in (head, h11.Data(data=data), h11.EndOfMessage()):
             writer.write(connection.send(event) or b"")

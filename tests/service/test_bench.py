@@ -1,4 +1,4 @@
-"""`tandem bench` against servers that stall: nobody who was due meanwhile is forgotten. And what it reports of several rates."""
+"""`tandem bench` against servers that stall: nobody who was due meanwhile is forgotten; and reports of several rates."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class StallingServer:
     def __init__(self, stalls: bool = True) -> None:
         self.asked = 0
         self.bodies: list[dict[str, Any]] = []
+        self.keys: set[bytes] = set()
         self._stalls = stalls
         self._going = asyncio.Event()
         self._going.set()
@@ -52,6 +53,7 @@ class StallingServer:
             kind, body = b"application/json", MODELS
         else:
             asked = json.loads(await reader.readexactly(length))
+            self.keys.add(head.partition(b"Authorization: ")[2].split(b"\r\n")[0])
             self.bodies.append(asked)
             self.asked += 1
             if self._stalls and self.asked == STALL_AT:
@@ -150,7 +152,8 @@ def test_several_rates_give_a_report_each_and_a_picture(tmp_path: Path) -> None:
     server = StallingServer(stalls=False)
     with on_a_thread(server) as url:
         done = bench("--url", url, "--rate", "20,40", "--duration", "1", "--arrivals", "gamma", "--cv", "2",
-                     "--ttft-slo", "10", "--input-tokens", "4-9", "--ids", "--declare", "--json", str(tmp_path / "r.json"),
+                     "--ttft-slo", "10", "--input-tokens", "4-9", "--ids", "--declare", "--api-key", "k1",
+                     "--json", str(tmp_path / "r.json"),
                      "--plot", str(tmp_path / "r.png"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     tree = json.loads((tmp_path / "r.json").read_text())
@@ -158,6 +161,7 @@ def test_several_rates_give_a_report_each_and_a_picture(tmp_path: Path) -> None:
     assert all(set(run) >= SHAPE for run in tree["runs"])
     assert tree["rate_rps_at_90"] == 40.0
     assert (tmp_path / "r.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert server.keys == {b"Bearer k1"}
     assert all(4 <= len(body["prompt"]) <= 9 and body["ttft_slo_s"] == 10 for body in server.bodies)
 
 

@@ -59,6 +59,29 @@ async def ask(url: str, timeout_s: float = 10.0) -> int:
         return sum([count async for count in target.answer(JOB)])
 
 
+@pytest.mark.parametrize("url", ["ftp://host", "http://", "https:///v1"])
+async def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequestError, match="--url must look like"):
+        await ask(url)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_server_that_says_nothing_at_all_is_nobody(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.targets.CONNECT_TIMEOUT_S", 0.3)
+    gone = asyncio.Event()
+
+    async def keep_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(-1)
+        writer.close()
+        gone.set()
+
+    listener = await asyncio.start_server(keep_silent, "127.0.0.1", 0)
+    async with listener:
+        with pytest.raises(UnavailableError, match=r"did not say|nobody answers"):
+            await ask(f"{scheme}://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+        await asyncio.wait_for(gone.wait(), 10)
+
+
 async def test_a_stream_counts_chunks_with_text_however_it_is_cut() -> None:
     whole = streamed(text("a"), text(""), text("b"), {"choices": [], "usage": {}}, text("é"))
     for size in (1, 7, len(whole)):
