@@ -99,7 +99,7 @@ class Pool:
         self._first_s = np.zeros(len(workers))
         self._since = np.zeros(len(workers))
         self._slots_version = -1
-        self.refresh(self.names)
+        self.refresh(claims.all_held())  # nobody else has any
 
     def __len__(self) -> int:
         return len(self.names)

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from core.blocks import BlockKey, KvLayout, block_keys, root_key
+from core.cost_model import StepCost
 from core.report import WorkerState
 from core.request import WorkerRole
 from router.block_index import BlockIndex
@@ -94,7 +95,10 @@ class Situation:
             if pool in self.__dict__:  # made already
                 getattr(self, pool).refresh(names)
 
+    @cached_property
+    def _typical(self) -> StepCost | None:
+        return typical_cost(self.view.workers.values())
+
     def _pool(self, role: WorkerRole) -> Pool:
-        workers, typical = self.candidates(role), typical_cost(self.view.workers.values())
-        stale_after_s = self.stale_after_s - self.older_s
-        return Pool(workers, self.claims, stale_after_s, self.then, self.seen_at, self.calibration, typical)
+        workers, stale_after_s = self.candidates(role), self.stale_after_s - self.older_s
+        return Pool(workers, self.claims, stale_after_s, self.then, self.seen_at, self.calibration, self._typical)
