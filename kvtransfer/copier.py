@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from core.blocks import BlockRecord
 from core.errors import DigestMismatchError, LayoutMismatchError, TransferError
@@ -49,8 +50,9 @@ class CopyJob:
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Copies and checks everything; returns early, with the destination undefined, once `stop()` is true."""
-        self._check_generations()
         ids = [record.block_id for record in self.records]
+        words = np.array(ids, np.intp), np.array([record.generation for record in self.records], np.uint64)
+        self._check_generations(*words)
         try:
             for first, start, dest_start, count in coalesce(ids, self.dest_blocks, self._span_blocks):
                 if stop():
@@ -62,18 +64,16 @@ class CopyJob:
                         record = self.records[first + offset]
                         check_digest(arrived[offset], record.digest, record.index)
         except DigestMismatchError:
-            self._check_generations()  # bytes of a block that was handed out again are not corrupted, they are another's
+            self._check_generations(*words)  # bytes of a block that was handed out again are not corrupted, they are another's
             raise
-        self._check_generations()
+        self._check_generations(*words)
 
     @property
     def _span_blocks(self) -> int:
         span_bytes = DIGEST_SPAN_BYTES if self.digest else PLAIN_SPAN_BYTES
         return max(1, span_bytes // int(self.dest.shape[1]))
 
-    def _check_generations(self) -> None:
-        ids = np.fromiter((record.block_id for record in self.records), np.intp, len(self.records))
-        expected = np.fromiter((record.generation for record in self.records), np.uint64, len(self.records))
+    def _check_generations(self, ids: npt.NDArray[np.intp], expected: npt.NDArray[np.uint64]) -> None:
         changed = np.flatnonzero(self.source.generations[ids] != expected)
         if changed.size:
             raise BlocksGoneError([self.records[int(place)].index for place in changed])
