@@ -56,6 +56,8 @@ class Goodput(Scored):
             if not isinstance(fixed.place, Pair) or fixed.place == need.prefer:
                 return fixed
         forecasts = [*self._pairs(situation, need), *self._wholes(situation, need)]
+        if not forecasts:  # whoever has room must not be asked
+            return super().decide(situation, need)
         limits_s = _limits_s(need)
         ranked = sorted(((_rank(forecast, need, limits_s), forecast) for forecast in forecasts), key=lambda pair: pair[0])
         candidates = tuple(_candidate(forecast, rank) for rank, forecast in ranked[:BEST_OF_EACH])

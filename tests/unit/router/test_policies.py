@@ -177,3 +177,9 @@ def test_every_shape_of_cluster_is_decided_on(policy: str, roles: tuple[WorkerRo
     here = situation(*(worker(f"w{n}", role) for n, role in enumerate(roles)))
     place = make_policy(policy).decide(here, Need(len(PROMPT), keys=KEYS, output_tokens=10)).place
     assert isinstance(place, Pair) == (C in roles or {P, D} <= set(roles))
+
+
+def test_where_only_somebody_to_avoid_has_room_somebody_is_asked_all_the_same():
+    full = {"blocks_free": 0, "blocks_cached": 0}
+    here = situation(worker("p0", P), worker("d0", D), worker("d1", D, **full))
+    assert make_policy("goodput").decide(here, Need(160, frozenset({"d0"}), output_tokens=9)).place == Pair("p0", "d1")
