@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
-BENCHES := spine engine_cpu router kv_transfer goodput
+BENCHES := spine engine_cpu router kv_transfer goodput prediction
 STORIES := $(addprefix tests/unit/,core/test_inventory_machine.py engine/loop/test_loop_random.py worker/test_attempts.py \
 	kvtransfer/test_handoff.py kvtransfer/test_local_directory.py router/test_journey_property.py cluster/test_membership.py cluster/test_reconcile.py)
 ROOMS := tandem core engine worker prefill_worker decode_worker kvtransfer router cluster cli
