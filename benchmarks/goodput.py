@@ -16,6 +16,7 @@ Claims
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=SCALE, help="of the lengths")
     parser.add_argument("--plots", type=Path, help="a folder for pictures of attainment against rate")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that no server outlives us
     trace = options.trace or (options.data and str(options.data / "traces" / "azure2023_conv.csv"))
     lengths = FromTrace(trace) if trace else AzureConversation()
     study = Study(Conversations(lengths, options.scale), options.quick)
