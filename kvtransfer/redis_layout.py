@@ -3,7 +3,7 @@
 A block key's shard, bucket and tag are cut from its bits. A bucket is one field of a hash, records of ten bytes each:
 [tag 6][node number * 2 + tier, big-endian 4]. So `HMGET` of 2,048 buckets answers a lookup in one native command (a script
 that looks keys up one by one takes several times as long, and `MGET` of as many strings a third longer), and at ten million
-entries a record costs about fourteen bytes in all, where a field of its own takes eighty.
+entries a record costs about seventeen bytes in all, where a field of its own takes eighty.
 
 A node number is one incarnation as one shard knows it: given at its first join, never used again. A node that died or left
 just loses its number, which makes every record of it meaningless at once; a script cuts those out later, some buckets at a
@@ -32,7 +32,7 @@ import numpy as np
 from core.blocks import KEY_BYTES
 from kvtransfer.directory import Tier
 
-BUCKETS = 1 << 19
+BUCKETS = 1 << 20
 """Over all shards."""
 CLUSTER_SHARDS = 16
 """Over which a Redis Cluster spreads; one server needs one."""
@@ -40,7 +40,7 @@ TAG_BYTES = 6
 WORD_BYTES = 4
 RECORD_BYTES = TAG_BYTES + WORD_BYTES
 BUCKET_BYTES = 3
-SWEEP_BUCKETS = 128
+SWEEP_BUCKETS = 256
 """Swept by one call, in about a millisecond."""
 _SHARD_BYTE = KEY_BYTES - 1
 
