@@ -33,7 +33,7 @@ from benchmarks.clusters import free_port
 from benchmarks.rows import Row, arguments, report
 from benchmarks.toy_models import make
 from cluster.directory_service import DirectoryServicer
-from cluster.launcher import LocalLauncher
+from cluster.launcher import Handle, LocalLauncher
 from core.blocks import block_keys, root_key
 from core.clock import SystemClock
 from core.config import Config, load
@@ -121,7 +121,7 @@ class Hosts:
         self._model = model
         self._address = address
         self._table = table
-        self._stack = stack
+        self._running: dict[str, Handle] = {}
         lines = stack.enter_context(model.with_name("log").open("w"))
         self._launcher = LocalLauncher(on_line=lambda line: print(line, file=lines, flush=True))
         stack.push_async_callback(self._launcher.close)
@@ -139,7 +139,7 @@ class Hosts:
     @asynccontextmanager
     async def host(self, role: WorkerRole, name: str, config: Config) -> AsyncIterator[tuple[HostSpec, grpc.aio.Channel]]:
         spec = HostSpec(name, role, next(_EPOCHS), config, self._address, listen=f"127.0.0.1:{free_port()}")
-        handle = await self._launcher.launch(spec)
+        handle = self._running[name] = await self._launcher.launch(spec)
         try:
             async with grpc.aio.insecure_channel(spec.listen) as channel:
                 ready = asyncio.ensure_future(channel.channel_ready())
@@ -150,6 +150,12 @@ class Hosts:
                     )
                 yield spec, channel
         finally:
+            await self.stop(name)
+
+    async def stop(self, name: str) -> None:
+        """Of a host that runs, or that ran. Comes back when its process has ended."""
+        handle = self._running.pop(name, None)
+        if handle is not None:
             await handle.stop(10.0)
 
     @asynccontextmanager
@@ -185,20 +191,44 @@ def tokens(rng: random.Random, count: int) -> list[int]:
     return [rng.randint(300, VOCABULARY) for _ in range(count)]
 
 
-async def other_worker(hosts: Hosts, rounds: int) -> list[Row]:
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Started once, together: importing torch takes a worker longer than most of what is measured here."""
+
+    one: Prefill  # look for blocks of others and offer theirs to no store
+    two: Prefill
+    mortal: Prefill  # offers its blocks to the store, and dies
+    silent: Prefill  # looks for nothing
+
+
+@asynccontextmanager
+async def started(hosts: Hosts) -> AsyncIterator[Workers]:
+    """All four, warm, and all but the silent one known to the directory."""
+    settings: tuple[dict[str, object], ...] = ({"offer": False}, {"offer": False}, {}, {"offer": False, "fetch": False})
+    async with AsyncExitStack() as stack:
+        async with asyncio.TaskGroup() as group:
+            starting = [
+                group.create_task(stack.enter_async_context(hosts.prefill(f"prefill-{n}", **store)))
+                for n, store in enumerate(settings)
+            ]
+        rng, workers = random.Random(0), Workers(*(task.result() for task in starting))
+        for session in (workers.one, workers.two, workers.mortal):
+            await hosts.node(session.worker_id)
+        lengths = {workers.one: PREFIX, workers.two: PREFIX, workers.mortal: SHORT, workers.silent: SHORT}
+        await asyncio.gather(*(session.ask(tokens(rng, length)) for session, length in lengths.items()))
+        await asyncio.sleep(2.0)  # each has heard of the others
+        yield workers
+
+
+async def other_worker(hosts: Hosts, workers: Workers, rounds: int) -> list[Row]:
     """The same prefix on two prefill workers, who take turns at being first."""
     rng, cold, warm = random.Random(1), [], []
-    async with hosts.prefill("prefill-0", offer=False) as one, hosts.prefill("prefill-1", offer=False) as two:
-        await hosts.node("prefill-1")
-        for session in (one, two):
-            await session.ask(tokens(rng, PREFIX))  # warm up; by then each has heard of the other
-        await asyncio.sleep(2.0)
-        for number in range(rounds):
-            first, second = (one, two) if number % 2 else (two, one)
-            prefix = tokens(rng, PREFIX)
-            cold.append(_cold(await first.ask(prefix + tokens(rng, TAIL))))
-            await hosts.known(first.worker_id, prefix)
-            warm.append(_reused(await second.ask(prefix + tokens(rng, TAIL))))
+    for number in range(rounds):
+        first, second = (workers.one, workers.two) if number % 2 else (workers.two, workers.one)
+        prefix = tokens(rng, PREFIX)
+        cold.append(_cold(await first.ask(prefix + tokens(rng, TAIL))))
+        await hosts.known(first.worker_id, prefix)
+        warm.append(_reused(await second.ask(prefix + tokens(rng, TAIL))))
     how = f"{rounds} prefixes of {PREFIX} tokens, {MODEL}, fp32, one thread per worker, one request at a time"
     ratio = median(warm) / median(cold)
     return [
@@ -208,38 +238,31 @@ async def other_worker(hosts: Hosts, rounds: int) -> list[Row]:
     ]
 
 
-async def after_its_death(hosts: Hosts, rounds: int) -> list[Row]:
+async def after_its_death(hosts: Hosts, workers: Workers, rounds: int) -> list[Row]:
     """The worker that computed the prefixes is gone; the store has them."""
     rng, cold, warm = random.Random(2), [], []
     prefixes = [tokens(rng, PREFIX) for _ in range(rounds)]
-    async with hosts.host(WorkerRole.STORE, "store-0", hosts.config()), hosts.prefill("prefill-1") as survivor:
-        await survivor.ask(tokens(rng, PREFIX))
-        async with hosts.prefill("prefill-0") as gone:
-            for prefix in prefixes:
-                cold.append(_cold(await gone.ask(prefix + tokens(rng, TAIL))))
-                await hosts.known("store-0", prefix)
-        warm = [_reused(await survivor.ask(prefix + tokens(rng, TAIL))) for prefix in prefixes]
+    async with hosts.host(WorkerRole.STORE, "store-0", hosts.config()):
+        for prefix in prefixes:
+            cold.append(_cold(await workers.mortal.ask(prefix + tokens(rng, TAIL))))
+            await hosts.known("store-0", prefix)
+        await hosts.stop(workers.mortal.worker_id)
+        warm = [_reused(await workers.two.ask(prefix + tokens(rng, TAIL))) for prefix in prefixes]
     how = f"{rounds} prefixes of {PREFIX} tokens, the worker that computed them stopped, {MODEL}"
     ratio = median(warm) / median(cold)
     return [Row("kv_reuse.store_ttft_ratio", "TTFT from the store's memory / cold", ratio, "x", 0.35, "<=", "cold", how)]
 
 
-async def nobody_has_it(hosts: Hosts, rounds: int) -> list[Row]:
+async def nobody_has_it(hosts: Hosts, workers: Workers, rounds: int) -> list[Row]:
     """Prompts that are new to everybody, on a worker that looks for them and on one that does not, in turns."""
     rng, asking, silent = random.Random(3), [], []
-    async with (
-        hosts.prefill("prefill-0", offer=False) as looks,
-        hosts.prefill("prefill-1", fetch=False) as does_not,
-    ):
-        await hosts.node("prefill-1")  # somebody to ask
-        for _ in range(3):
-            await looks.ask(tokens(rng, SHORT))
-            await does_not.ask(tokens(rng, SHORT))
-        await asyncio.sleep(2.0)
-        before = hosts.directory.lookups
-        for _ in range(rounds):
-            asking.append((await looks.ask(tokens(rng, SHORT))).admitted_s)
-            silent.append((await does_not.ask(tokens(rng, SHORT))).admitted_s)
+    for _ in range(3):
+        await workers.one.ask(tokens(rng, SHORT))
+        await workers.silent.ask(tokens(rng, SHORT))
+    before = hosts.directory.lookups
+    for _ in range(rounds):
+        asking.append((await workers.one.ask(tokens(rng, SHORT))).admitted_s)
+        silent.append((await workers.silent.ask(tokens(rng, SHORT))).admitted_s)
     if hosts.directory.lookups - before != rounds:
         raise RuntimeError(f"{hosts.directory.lookups - before} of {rounds} prompts were looked for")
     how = f"{rounds} new prompts of {SHORT} tokens each, one at a time, until the engine has them"
@@ -277,12 +300,13 @@ async def measure(quick: bool, parts: Sequence[str]) -> list[Row]:
             async with serve("127.0.0.1:0", registration) as server, AsyncExitStack() as stack:
                 hosts = Hosts(model, server.address, directory, ClockedDirectory(table, SystemClock()), stack)
                 rows: list[Row] = []
+                workers = await stack.enter_async_context(started(hosts))
                 if "peer" in parts:
-                    rows += await other_worker(hosts, 6 if quick else 20)
-                if "store" in parts:
-                    rows += await after_its_death(hosts, 4 if quick else 10)
+                    rows += await other_worker(hosts, workers, 4 if quick else 20)
                 if "miss" in parts:
-                    rows += await nobody_has_it(hosts, 40 if quick else 200)
+                    rows += await nobody_has_it(hosts, workers, 25 if quick else 200)
+                if "store" in parts:
+                    rows += await after_its_death(hosts, workers, 3 if quick else 10)
                 return rows
         except Exception:
             sys.stderr.write(log.read_text()[-4000:] if log.exists() else "")
