@@ -22,6 +22,8 @@ OUTCOMES_MIN = 3
 CHUNK_TOKENS = 256
 GAP_CONTEXT = 256
 WORKERS_MAX = 16_384
+MEASURABLE_S = 1e-6
+"""What is predicted to take less says nothing: a quotient by it would be anything."""
 
 
 class Correction(NamedTuple):
@@ -54,12 +56,12 @@ class Calibration:
         computing_s = facts.prefill.queue_s + facts.prefill.prefill_s
         if facts.first_token_at is not None and facts.prefill.prefill_s > 0:
             self._add(first, "overhead_s", max(facts.first_token_at - facts.arrived_at - at_s - computing_s, 0.0))
-            if chosen.queue_s + chosen.prefill_s > 0:
+            if chosen.queue_s + chosen.prefill_s > MEASURABLE_S:
                 self._add(first, "chunk_s", computing_s / (chosen.queue_s + chosen.prefill_s) * chosen.standard_chunk_s)
         if facts.first_token_at is None or facts.second_token_at is None or facts.last_token_at is None or facts.num_tokens < 3:
             return
         gap_s = (facts.last_token_at - facts.second_token_at) / (facts.num_tokens - 2)
-        if gap_s > 0 and chosen.step_s > 0:
+        if gap_s > 0 and chosen.step_s > MEASURABLE_S:
             self._add(decode, "gap_s", gap_s / chosen.step_s * chosen.standard_gap_s)
         if chosen.pair.prefill is not None:
             late_s = facts.second_token_at - facts.first_token_at - gap_s - facts.decode.transfer_exposed_s
