@@ -257,11 +257,12 @@ def one_step(store: StoreMachine, rng: random.Random) -> None:
         store.restart()
 
 
-@pytest.mark.parametrize(("machine", "seed"), [(StoreMachine, 1), (DiskStoreMachine, 2)])
-def test_ten_thousand_random_operations_leave_nothing_behind(machine: type[StoreMachine], seed: int) -> None:
+@pytest.mark.parametrize(("machine", "seed", "steps"), [(StoreMachine, 1, 10_000), (DiskStoreMachine, 2, 2_500)])
+def test_ten_thousand_random_operations_leave_nothing_behind(machine: type[StoreMachine], seed: int, steps: int) -> None:
+    """A quarter of that with a disk, which takes ten times as long for each."""
     store, rng = machine(), random.Random(seed)
     try:
-        for _ in range(10_000):
+        for _ in range(steps):
             one_step(store, rng)
             store.nobody_holds_more_than_he_was_granted()
             store.what_is_held_are_the_bytes_that_were_offered()
@@ -272,6 +273,6 @@ def test_ten_thousand_random_operations_leave_nothing_behind(machine: type[Store
         assert store.node.plane is not None
         counts = store.node.plane.inventory.counts()
         assert (counts.active, counts.cached) == (0, 0)
-        assert store.offers > 3000, "the run never got to what it is for"
+        assert store.offers > 0.3 * steps, "the run never got to what it is for"
     finally:
         store.teardown()

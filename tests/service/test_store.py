@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -146,13 +147,20 @@ async def test_a_store_killed_under_offers_comes_back_with_its_disk(tmp_path):
         async with client_of(record) as client:
             await client.offer(worker, prompts[0])
             await eventually(lambda: t.on_disk(prompts[0], epoch=1))
-            offers = [asyncio.create_task(client.offer(worker, keys)) for keys in prompts[1:]]
-            await asyncio.wait(offers, return_when=asyncio.FIRST_COMPLETED)
+            under_way = asyncio.Event()
+
+            async def offer_for_ever(first: int) -> None:
+                for keys in itertools.cycle(prompts[first:]):
+                    await client.offer(worker, keys)
+                    under_way.set()
+
+            offers = [asyncio.create_task(offer_for_ever(first)) for first in (1, 11, 21, 31)]
+            await under_way.wait()
             [arena] = t.shm.glob("tandem-store*")
             os.kill(pid_of(arena), signal.SIGKILL)
             async with asyncio.timeout(DEADLINE_S):
                 ends = await asyncio.gather(*offers, return_exceptions=True)
-            assert any(isinstance(end, grpc.aio.AioRpcError) for end in ends), "none was under way when it died"
+            assert all(isinstance(end, grpc.aio.AioRpcError) for end in ends), ends
             assert (await handle.exited).reason == "killed by SIGKILL"
         _, record = await t.start(epoch=2)
         assert record.layout == LAYOUT, "known from the disk, before anybody asks"
