@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,8 @@ from tandem.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 log = logging.getLogger(__name__)
 
 SERVER_GRACE_S = 0.5
+SWITCH_INTERVAL_S = 0.0005
+"""gRPC's own thread wants the interpreter for a moment for each message; at the default of 5 ms it may wait that long."""
 GRACE_SHARE = 0.8
 ASSUMED_TTFT_S, ASSUMED_TBT_S = 5.0, 0.25  # of a default class without limits, for the proposal of roles alone
 """Of the grace time, for requests to finish; the rest is for leaving orderly."""
@@ -71,6 +74,7 @@ async def run(
 
     Raises ConfigError when it cannot start: no tokenizer, unknown policy, an address in use, a cost model of another model.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     text = await asyncio.to_thread(Tokenizer.load, spec.config.model.path)
     await Router(spec, text, totals).serve(stop, on_ready)
 
