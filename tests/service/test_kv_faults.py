@@ -5,6 +5,7 @@ holds blocks and says no more, a disk that takes no more. No request fails, no t
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import resource
 import signal
@@ -200,10 +201,19 @@ async def test_a_disk_that_takes_no_more_is_done_without(cluster, redis, expecte
         async def given_up() -> float:
             return (await running.scrape("tandem_kv_disk_writes_off")).total()
 
+        async def on_disk() -> float:
+            return (await running.scrape("tandem_kv_disk_blocks")).total()
+
+        await until(lambda: grew(on_disk, 0))  # its memory and its files are there: it is writing that fails
         assert await given_up() == 0
         resource.prlimit(store["pid"], resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
-        await client.generate("# nobody has asked this before\n" * 20, SAMPLING)
-        await until(lambda: grew(given_up, 0))
+        fresh = itertools.count()
+
+        async def refused() -> bool:
+            await client.generate(f"# nobody has asked this before: {next(fresh)}\n" * 20, SAMPLING)
+            return await grew(given_up, 0)
+
+        await until(refused)
         await running.answered(2 * len(PROMPTS))
         await until(look.finds_every_prompt)
         await running.fetches_again()
