@@ -121,9 +121,7 @@ def main() -> None:
             known = asyncio.run(drive(cluster.grpc, load(rate, seconds, seed=1)))
         except* TandemError as failed:
             raise failed.exceptions[0] from None
-    how = (
-        f"{len(known)} requests, Poisson at {rate:.2f}/s ({options.load:.0%} load), 1 prefill and 1 decode worker of 1 thread"
-    )
+    how = f"{len(known)} requests, Poisson at {rate:.2f}/s ({options.load:.0%} load), 1 prefill and 1 decode worker of 1 thread"
     if options.dump:
         options.dump.write_text(json.dumps([asdict(one) for one in known]))
     report(rows(known, how), options.json)

@@ -112,11 +112,11 @@ def _predicted_and_actual(known: Explanation) -> Table:
     timing, off = outcome.timing, errors(known)
     rows: list[tuple[str, float | None, float, float | None]] = [
         ("until the last decision", None, last.at_s, None),
-        ("first token after it", chosen and chosen.ttft_s, timing.ttft_s - last.at_s, off["ttft"]),
-        ("  of it prefill", chosen and chosen.prefill_s, timing.prefill_s, None),
-        ("hand-off left over after prefill", chosen and chosen.transfer_s, timing.transfer_exposed_s, None),
+        ("first token after it", chosen.ttft_s if chosen else None, timing.ttft_s - last.at_s, off["ttft"]),
+        ("  of it prefill", chosen.prefill_s if chosen else None, timing.prefill_s, None),
+        ("hand-off left over after prefill", chosen.transfer_s if chosen else None, timing.transfer_exposed_s, None),
         ("waited to join the batch", None, timing.handoff_wait_s, None),
-        ("mean gap (TPOT)", chosen and chosen.tpot_s, timing.tpot_s, off["tpot"]),
+        ("mean gap (TPOT)", chosen.tpot_s if chosen else None, timing.tpot_s, off["tpot"]),
         ("whole request", None, timing.total_s, None),
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))

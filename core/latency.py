@@ -121,7 +121,7 @@ def rate_at(points: Sequence[tuple[float, float]], share: float = 0.9) -> float 
             if last is None:
                 return None
             low, before = last
-            return low * (rate / low) ** ((before - share) / (before - attained))
+            return low * float((rate / low) ** ((before - share) / (before - attained)))
         last = (rate, attained)
     return last[0] if last else None
 
