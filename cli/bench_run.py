@@ -6,9 +6,9 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cli.load import Job, OpenTarget, Target, run_closed, run_open, send
+from cli.progress import Bar
 from core.latency import Outcome, RequestTrace
 from tandem.errors import UnavailableError
 
@@ -72,43 +72,29 @@ async def _run(target: Target, load: Load, jobs: Iterator[Job], on_done: Callabl
 
 
 class Progress:
-    """A bar on standard error, when that is a terminal."""
+    """What a benchmark shows while it runs."""
 
     def __init__(self, duration_s: float, loads: int, wanted: bool) -> None:
-        self._progress: Any = None
-        self._duration_s, self._loads = duration_s, loads
-        self._task: Any = None
-        self._done = self._failed = 0
-        if wanted:
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Bars
+        from rich.progress import TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn())
-            self._progress = Bars(*columns, console=Console(stderr=True), transient=True)
+        self._bar = Bar(wanted, TextColumn("{task.fields[detail]}"), TimeElapsedColumn())
+        self._duration_s, self._loads = duration_s, loads
+        self._done = self._failed = 0
 
     def __enter__(self) -> Progress:
-        if self._progress is not None:
-            self._progress.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._bar.__exit__()
 
     def begin(self, number: int, load: Load) -> None:
         self._done = self._failed = 0
-        if self._progress is not None:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            which = f" {number + 1} of {self._loads}" if self._loads > 1 else ""
-            rate = f", {load.rate:g}/s" if load.rate else ""
-            self._task = self._progress.add_task(f"measuring{which}{rate}", total=self._duration_s, detail="")
+        which = f" {number + 1} of {self._loads}" if self._loads > 1 else ""
+        rate = f", {load.rate:g}/s" if load.rate else ""
+        self._bar.begin(f"measuring{which}{rate}", self._duration_s)
 
     def on_done(self, trace: RequestTrace) -> None:
         self._done += 1
         self._failed += trace.outcome is not Outcome.COMPLETED
-        if self._progress is not None:
-            detail = f"{self._done} answered" + (f", {self._failed} refused or failed" if self._failed else "")
-            task = self._progress.tasks[-1]
-            self._progress.update(self._task, completed=task.elapsed, detail=detail)
+        self._bar.tell(f"{self._done} answered" + (f", {self._failed} refused or failed" if self._failed else ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -59,6 +59,9 @@ def _measure(config: Config) -> CostModel:
     import asyncio
     import os
 
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+    from cli.progress import Bar
     from core.cost_fit import fit_steps, heldout_errors
     from core.cost_model import CostModel
     from core.hostspec import HostSpec
@@ -67,7 +70,7 @@ def _measure(config: Config) -> CostModel:
     from worker.profile_links import NAMES, counts_of, measure_links
     from worker.profile_steps import ROUNDS, StepMeter, measured, points_of
 
-    with _Bar(sys.stderr.isatty()) as bar:
+    with Bar(sys.stderr.isatty(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         spec = HostSpec(f"profile-{os.getpid()}", WorkerRole.COLOCATED, 1, config, "")
         bar.begin(f"loading {config.model.path}", 1)
         node = build_node(spec, lambda share, detail: None)
@@ -107,39 +110,6 @@ def _machine(threads: int) -> str:
 
 def _say(line: str) -> None:
     sys.stderr.write(f"tandem: {line}\n")
-
-
-class _Bar:
-    """Progress on standard error, when that is a terminal."""
-
-    def __init__(self, wanted: bool) -> None:
-        self._progress: Any = None
-        self._task: Any = None
-        if wanted:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-
-    def __enter__(self) -> _Bar:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def begin(self, what: str, total: int) -> None:
-        if self._progress is not None:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(what, total=total)
-
-    def advance(self) -> None:
-        if self._progress is not None:
-            self._progress.advance(self._task)
 
 
 def _show(model: CostModel, path: str) -> None:

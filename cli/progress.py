@@ -1,4 +1,4 @@
-"""Progress of a starting cluster on a terminal; nothing at all elsewhere."""
+"""Progress on a terminal; nothing at all elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,43 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn, Task
+
     from cluster.report import ClusterSnapshot
+
+
+class Bar:
+    """One bar at a time on standard error, with `columns` of rich's behind it; nothing is shown unless `wanted`."""
+
+    def __init__(self, wanted: bool, *columns: ProgressColumn) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        layout = (TextColumn("{task.description}"), BarColumn(), *columns)
+        self._progress = Progress(*layout, console=Console(stderr=True), transient=True, disable=not wanted)
+        self._task: Task | None = None
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, what: str, total: float) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task.id)
+        self._progress.add_task(what, total=total, detail="")
+        self._task = self._progress.tasks[-1]
+
+    def advance(self) -> None:
+        if self._task is not None:
+            self._progress.advance(self._task.id)
+
+    def tell(self, detail: str) -> None:
+        """As far as time has passed, with `detail` for a column of that name."""
+        if self._task is not None:
+            self._progress.update(self._task.id, completed=self._task.elapsed, detail=detail)
 
 
 class StartProgress:

@@ -4,24 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
-from directory_rig import FORMS, TTL_S, directories, dram, keys, record, redis_cluster, shown, until
+from directory_rig import TTL_S, dram, keys, record, shown, until
 
-from cli.redis_server import redis_server
 from cluster.departures import Departures
 from kvtransfer.directory import Tier
-
-
-@pytest.fixture(scope="module")
-def urls():
-    with redis_server() as server, redis_cluster() as cluster:
-        yield {"redis": server.url, "redis cluster": cluster}
-
-
-@pytest.fixture(params=FORMS)
-async def make(request, urls):
-    async with directories(request.param, urls.get(request.param, "")) as make:
-        yield make
 
 
 async def test_nobody_is_looked_for_where_a_process_ended(make):

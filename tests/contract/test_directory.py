@@ -8,24 +8,11 @@ import random
 from dataclasses import replace
 
 import pytest
-from directory_rig import FORMS, LAYOUT, TTL_S, directories, disk, dram, keys, record, redis_cluster, shown, until
+from directory_rig import LAYOUT, TTL_S, disk, dram, keys, record, shown, until
 
-from cli.redis_server import redis_server
 from core.errors import StaleEpochError
 from kvtransfer.directory import DirectoryError, DuplicateNodeError, Tier
 from kvtransfer.local_directory import ClockedDirectory
-
-
-@pytest.fixture(scope="module")
-def urls():
-    with redis_server() as server, redis_cluster() as cluster:
-        yield {"redis": server.url, "redis cluster": cluster}
-
-
-@pytest.fixture(params=FORMS)
-async def make(request, urls):
-    async with directories(request.param, urls.get(request.param, "")) as make:
-        yield make
 
 
 @pytest.fixture
