@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BENCHES := spine engine_cpu router kv_transfer goodput prediction
 STORIES := $(addprefix tests/unit/,core/test_inventory_machine.py engine/loop/test_loop_random.py worker/test_attempts.py \
 	kvtransfer/test_handoff.py kvtransfer/test_local_directory.py router/test_journey_property.py cluster/test_membership.py cluster/test_reconcile.py)
-ROOMS := tandem core engine worker prefill_worker decode_worker kvtransfer router cluster cli
+ROOMS := tandem core engine worker prefill_worker decode_worker kvtransfer router cluster sim cli
 
 .PHONY: setup demo test check proto bench sim gpu peers clean
 setup: .venv/.ready

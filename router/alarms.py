@@ -1,12 +1,12 @@
-"""Who is to be woken when: one timer of the event loop for any number of sleepers."""
+"""Who is to be woken when: one timer for any number of sleepers."""
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 from collections.abc import Callable
 
 from core.clock import Clock
+from router.timers import Timer, Timers
 
 
 class Alarms:
@@ -15,12 +15,13 @@ class Alarms:
     `ring` is called once for every name that is due, with the time, and may set alarms again.
     """
 
-    def __init__(self, clock: Clock, ring: Callable[[str, float], None]) -> None:
+    def __init__(self, clock: Clock, timers: Timers, ring: Callable[[str, float], None]) -> None:
         self._clock = clock
+        self._timers = timers
         self._ring_for = ring
         self._at: dict[str, float] = {}
         self._heap: list[tuple[float, str]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
 
     def due(self, name: str) -> float:
         """When it rings next; infinity when it has none."""
@@ -45,7 +46,7 @@ class Alarms:
         if self._timer is not None:
             self._timer.cancel()
         delay_s = max(self._heap[0][0] - self._clock.now(), 0.0)
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._ring)
+        self._timer = self._timers.later(delay_s, self._ring)
 
     def _ring(self) -> None:
         now = self._clock.now()

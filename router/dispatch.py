@@ -1,12 +1,11 @@
 """Drives journeys: carries their commands out, feeds back what happens, keeps the time and the queue.
 
-Everything runs on the asyncio thread; nothing here waits. A message of a worker reaches its journeys, and through them
-the readers' outboxes, in one go: no task per request, none per token.
+Everything runs on one thread, that of its timers; nothing here waits. A message of a worker reaches its journeys, and
+through them the readers' outboxes, in one go: no task per request, none per token.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,12 +18,12 @@ from router.attempt import JourneySpec, Limits
 from router.codec import Addressed
 from router.early_rejection import Hold, Refusal
 from router.journey import Journey, State
-from router.links import Links
-from router.live import NEVER, Live, Sink
+from router.live import NEVER, Live, Sessions, Sink
 from router.placing import Placer
 from router.policy import Need, Nobody, Pair
 from router.situation import NOBODY, Situation
 from router.slo import Terms
+from router.timers import LoopTimers, Timers
 from router.view import NO_CLAIM, ClusterView
 from router.waiting_room import WaitingRoom
 
@@ -38,8 +37,8 @@ ALARM_MAX_S = 10.0
 class Dispatcher:
     """Owns the live journeys. `links` is attached after construction, because sessions report to the dispatcher."""
 
-    def __init__(self, placer: Placer, limits: Limits, room: WaitingRoom, clock: Clock) -> None:
-        self.links: Links | None = None
+    def __init__(self, placer: Placer, limits: Limits, room: WaitingRoom, clock: Clock, timers: Timers | None = None) -> None:
+        self.links: Sessions | None = None
         self.view = ClusterView()
         self.placer = placer
         self.room = room
@@ -51,7 +50,8 @@ class Dispatcher:
         self._clock = clock
         self._live: dict[str, Live] = {}
         self._orphans: dict[str, list[ev.SendCancel]] = {}
-        self._alarms = Alarms(clock, self._ring)
+        self._timers = timers or LoopTimers()
+        self._alarms = Alarms(clock, self._timers, self._ring)
         self._probing: str | None = None
         self._pump_due = False
         self._changes = 0  # times that capacity may have come free
@@ -305,7 +305,7 @@ class Dispatcher:
         self._changes += 1
         if len(self.queue) and not self._pump_due:
             self._pump_due = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            self._timers.soon(self._pump)
 
     def _pump(self) -> None:
         """Lets the head ask for a place; its successor follows when it has one. One at a time: nobody is overtaken."""

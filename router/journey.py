@@ -117,7 +117,7 @@ class Journey:
             return
         item = WorkItem(
             key=AttemptKey(self.spec.request_id, self.next_attempt),
-            token_ids=(*self.spec.prompt, *self.log.ids),
+            token_ids=self.spec.prompt + tuple(self.log.ids),
             prompt_len=len(self.spec.prompt),
             sampling=self._sampling,
             choice=self.spec.choice,

@@ -11,6 +11,7 @@ from core.request import FinishReason, TokenEvent
 from router import events as ev
 from router.journey import Journey
 from router.policy import Pair
+from router.view import ClusterView
 
 NEVER = float("inf")
 
@@ -26,6 +27,20 @@ class Sink(Protocol):
 
     def finish(self, reason: FinishReason | None, error: TandemError | None) -> None:
         """The last call (or, after a finish that raised, once more with an error). Exactly one of the two is set."""
+        ...
+
+
+class Sessions(Protocol):
+    """The sessions with workers (`router.links.Links`)."""
+
+    def connected(self) -> frozenset[str]: ...
+
+    def send(self, command: ev.Send) -> None:
+        """To a connected worker; lost with its session."""
+        ...
+
+    def follow(self, view: ClusterView) -> None:
+        """Opens and ends sessions, so that there is one with every worker that serves."""
         ...
 
 

@@ -6,6 +6,7 @@ import asyncio
 
 from core.clock import SystemClock
 from router.alarms import Alarms
+from router.timers import LoopTimers
 
 
 async def test_everybody_is_woken_once_in_order_and_an_earlier_alarm_replaces_a_later_one():
@@ -17,7 +18,7 @@ async def test_everybody_is_woken_once_in_order_and_an_earlier_alarm_replaces_a_
         if len(rung) == 3:
             done.set()
 
-    alarms = Alarms(clock, ring)
+    alarms = Alarms(clock, LoopTimers(), ring)
     start = clock.now()
     due = {"c": start + 0.03, "a": start, "b": start + 0.01}
     alarms.set("a", start + 60.0)
@@ -44,7 +45,7 @@ async def test_who_is_woken_may_set_the_next_alarm():
         else:
             done.set()
 
-    alarms = Alarms(clock, ring)
+    alarms = Alarms(clock, LoopTimers(), ring)
     alarms.set("x", clock.now())
     async with asyncio.timeout(10):
         await done.wait()
