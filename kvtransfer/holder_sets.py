@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvtransfer.entry_table import NOTHING, Values
+from core.entry_table import NOTHING, Values
 
 Words = tuple[int, ...]
 """node number * 2 + tier, in the order in which they were announced."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from core.blocks import KEY_BYTES, BlockKey
 from core.clock import Clock
+from core.entry_table import NOTHING, EntryTable, Keys, Values, distinct, short_keys
 from core.errors import StaleEpochError
 from kvtransfer.directory import (
     LOCATE_KEYS_MAX,
@@ -29,7 +30,6 @@ from kvtransfer.directory import (
     pack,
     pack_deltas,
 )
-from kvtransfer.entry_table import NOTHING, EntryTable, Keys, Values, distinct, short_keys
 from kvtransfer.holder_sets import HolderSets, Words
 
 ENTRIES_MAX = 32_000_000

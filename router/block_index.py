@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from core.blocks import BlockKey
+from core.entry_table import Keys
 from core.kv_changes import KvChanges
-from router.key_table import Keys, packed_keys, short_keys
+from router.key_runs import packed_keys, short_keys
 from router.prefix_index import Depths, PrefixIndex, Slots
 
 EXPECTED_S = 10.0
@@ -38,7 +39,7 @@ NOTHING_KNOWN = Match(np.zeros(1, dtype=np.int64), 0)
 
 
 class BlockIndex:
-    """`blocks_max`: keys per tier; beyond them those learned first are forgotten. About 50 bytes each."""
+    """`blocks_max`: keys per tier; beyond them those learned first are forgotten. About 60 bytes each."""
 
     def __init__(self, blocks_max: int) -> None:
         self.slots = Slots()

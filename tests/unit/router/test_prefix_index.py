@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from router.key_table import short_keys
-from router.prefix_index import DEAD_MAX, LOOK_KEYS, PrefixIndex, Slots
+from router.key_runs import LOOK_KEYS, short_keys
+from router.prefix_index import DEAD_MAX, PrefixIndex, Slots
 
 KEYS = [bytes([n, 2]) * 8 for n in range(12)]
 
@@ -58,7 +58,7 @@ def test_the_oldest_keys_are_forgotten_beyond_the_bound():
 
 
 @pytest.mark.parametrize("length", [LOOK_KEYS - 1, LOOK_KEYS, LOOK_KEYS + 1, 3 * LOOK_KEYS])
-def test_long_prompts_are_looked_up_in_two_parts(length: int):
+def test_long_prompts_are_followed_to_their_end(length: int):
     rng = random.Random(length)
     keys = [rng.randbytes(16) for _ in range(4 * LOOK_KEYS)]
     index = made()

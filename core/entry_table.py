@@ -32,6 +32,7 @@ PART_KEYS_MAX = PART_PLACES * 3 // 4
 """Of one part; 16,384 are expected at most. More are refused."""
 _EMPTY, _LOWEST = np.uint64(0), np.uint64(1)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: keys that are alike are not neighbours
+_SPREAD_INT, _WORD = int(_SPREAD), (1 << 64) - 1
 _PLACE_SHIFT = np.uint64(64 - _PLACE_BITS)
 _PART_SHIFT = np.uint64(64 - _PLACE_BITS - 16)
 
@@ -69,10 +70,28 @@ class EntryTable:
     def parts(self) -> int:
         return self._parts
 
+    @property
+    def nbytes(self) -> int:
+        """Of the parts there are."""
+        return self._parts * PART_PLACES * (self._keys.itemsize + self._values.itemsize)
+
     def get(self, keys: Keys) -> Values:
         """The value of each key, NOTHING where there is none."""
         values: Values = self._values[self._find(keys)[0]]
         return values
+
+    def one(self, key: int) -> int:
+        """As `get`, of a single key: a twentieth of the time."""
+        spread = key * _SPREAD_INT & _WORD
+        part = spread >> int(_PART_SHIFT) & (2 * self._level - 1)
+        if part >= self._parts:
+            part -= self._level
+        first, place = part << _PLACE_BITS, spread >> int(_PLACE_SHIFT)
+        while (found := self._keys.item(first + place)) != key:
+            if not found:
+                return NOTHING
+            place = (place + 1) & (PART_PLACES - 1)
+        return int(self._values.item(first + place))
 
     def change(self, keys: Keys, changed: Callable[[Keys, Values], Values]) -> int:
         """Sets the values of `keys` to what `changed` makes of those they have; NOTHING removes.

@@ -1,4 +1,4 @@
-"""The table of the directory against a dict: few keys in any order, many as they grow, churn, and keys that crowd together."""
+"""The table of block keys against a dict: few keys in any order, many as they grow, churn, and keys that crowd together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.entry_table import NOTHING, PART_KEYS_MAX, PART_PLACES, SHARE, EntryTable, Keys, Values, distinct
+from core.entry_table import NOTHING, PART_KEYS_MAX, PART_PLACES, SHARE, EntryTable, Keys, Values, distinct
 
 MANY = np.random.default_rng(1).integers(1, 2**64 - 1, 300_000, dtype=np.uint64)
 
@@ -35,6 +35,7 @@ def test_it_is_a_dict(changes, fold):
         model |= dict.fromkeys(keys, value)
         held = [model.get(key, NOTHING) for key in range(1, 41)]
         assert table.get(np.arange(1, 41, dtype=np.uint64) * np.uint64(alike)).tolist() == held
+        assert [table.one(key * alike % 2**64) for key in range(1, 41)] == held
         assert len(table) == np.count_nonzero(held)
         assert sorted(table.values().tolist()) == sorted(filter(None, held))
 
@@ -49,6 +50,7 @@ def test_it_grows_part_by_part_and_loses_nothing():
     assert max(np.diff(parts)) <= 2, "as many keys, as many splits"
     assert 0.8 * SHARE <= len(table) / (table.parts * PART_PLACES) <= SHARE
     assert table.get(MANY).tolist() == np.repeat(np.arange(1, 31), 10_000).tolist()
+    assert [table.one(key) for key in MANY[::999].tolist()] == table.get(MANY[::999]).tolist()
     assert not table.get(np.setdiff1d(np.arange(1, 50_000, dtype=np.uint64), MANY)).any()
 
 
@@ -96,7 +98,7 @@ def test_where_address_space_is_short_the_table_is_smaller():
     """As under `ulimit -v`: 32 million keys would take 1.9 GB of it."""
     script = """
 import resource, numpy as np
-from kvtransfer.entry_table import PART_PLACES, EntryTable
+from core.entry_table import PART_PLACES, EntryTable
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
 table = EntryTable(32_000_000)
