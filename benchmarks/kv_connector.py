@@ -10,7 +10,8 @@ Claims
 
     python -m benchmarks.kv_connector [--quick] [--json FILE]
 
-One request at a time, new prompts each, both systems up and taking turns.
+One request at a time, new prompts each, both systems up and taking turns; vLLM's processes are halted in our turns, because
+NIXL's threads spin.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from kvtransfer.shm import ShmTransport
 PROMPT_TOKENS = 512
 BLOCK_TOKENS = 16
 OUTPUT_TOKENS = 4
+HALTED_S = 0.05  # within which vLLM's threads, a hundred that spin, have given up the cores
 REPORTED_TRIES = 200  # vLLM counts a transfer when its next step ends
 METRICS = {
     "transfers": "vllm:nixl_xfer_time_seconds_count",
@@ -126,10 +128,15 @@ async def in_turns(peer: System, mine: System, rounds: int) -> Seen:
         for n in range(rounds):
             load = Load(1, 1, PROMPT_TOKENS, OUTPUT_TOKENS, seed=n)
             await one_of_theirs(client, peer, seen, load)
-            started = time.perf_counter()
-            await bench.pull(shm, seen.bytes)
-            seen.pull.append(time.perf_counter() - started)
-            outcome = await run(mine.url, load, "m")
+            peer.stand_still(True)
+            try:
+                await asyncio.sleep(HALTED_S)
+                started = time.perf_counter()
+                await bench.pull(shm, seen.bytes)
+                seen.pull.append(time.perf_counter() - started)
+                outcome = await run(mine.url, load, "m")
+            finally:
+                peer.stand_still(False)
             seen.our_wait.append(outcome.records[0].gaps_s[0])
     return seen
 
