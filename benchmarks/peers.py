@@ -78,6 +78,21 @@ def _flight(name: str) -> None:
     _pip(name, "install", "pyarrow==26.0.1", "numpy")
 
 
+def _sglang_router(name: str) -> None:
+    _pip(name, "install", "sglang-router==0.3.2")
+
+
+_DYNAMO_NEEDS = ("aiohttp", "msgspec", "prometheus-client", "pyzmq", "redis", "transformers", "uvloop", "zstandard")
+
+
+def _dynamo(name: str) -> None:
+    """`ai-dynamo` asks for a package that PyPI has no more than the name of, so what its frontend imports is named here."""
+    _pip(name, "install", "ai-dynamo-runtime==1.6.1", *_DYNAMO_NEEDS)
+    _pip(name, "install", "--no-deps", "ai-dynamo==1.6.1")
+    if not _imports(name, "dynamo.frontend.main"):
+        raise OSError("its frontend does not load; its words are above")
+
+
 def _imports(name: str, module: str) -> bool:
     command = [HOME / name / "bin" / "python", "-c", f"import {module}"]
     return not subprocess.run(command, env=environment_of(name), check=False).returncode
@@ -100,6 +115,8 @@ PEERS: dict[str, Callable[[str], None]] = {
     "mooncake": _mooncake,
     "nixl": _nixl,
     "flight": _flight,
+    "sglang-router": _sglang_router,
+    "dynamo": _dynamo,
 }
 
 

@@ -53,6 +53,7 @@ def _worker(member: Member) -> dict[str, Any]:
         "grpc": report.grpc_address,
         "http": report.http_address,
         "metrics": report.metrics_address,
+        "peer": report.peer_address,
         "blocks": report.blocks._asdict(),
         "leases_open": report.leases_open,
         "running": report.running,

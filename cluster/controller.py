@@ -43,12 +43,18 @@ def desired_of(config: Config) -> dict[WorkerRole, int]:
     if not cluster.prefill + cluster.colocated:
         raise ConfigError("there is no worker: set prefill and decode to at least 1 each, or colocated to at least 1")
     return {
-        WorkerRole.ROUTER: 1,
+        WorkerRole.ROUTER: cluster.routers,
         WorkerRole.STORE: config.store.nodes,
         WorkerRole.PREFILL: cluster.prefill,
         WorkerRole.DECODE: cluster.decode,
         WorkerRole.COLOCATED: cluster.colocated,
     }
+
+
+def _counted_up(address: str, number: int) -> str:
+    """The address with a port higher by `number`; port 0 stays, it picks a free one."""
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + number}" if int(port) else address
 
 
 def suspect_after_s(cluster: ClusterConfig) -> float:
@@ -87,6 +93,7 @@ class Controller:
         self._lives: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._handles: dict[tuple[str, int], Handle] = {}
         self._stops: set[asyncio.Task[None]] = set()
+        self._routers_at: dict[str, dict[str, str]] = {}
         self._drains: dict[tuple[str, int], float] = {}  # → deadline
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
@@ -142,8 +149,8 @@ class Controller:
         report = self.snapshot().find(target)
         if report is None:
             raise NotFoundError(f"no worker {target}; `tandem status` lists them")
-        if report.role is WorkerRole.ROUTER:
-            raise ConfigError("the only router cannot be drained: its addresses cannot be served twice; use `tandem down`")
+        if report.role is WorkerRole.ROUTER and (self._config.cluster.routers == 1 or not self._config.router.share_address):
+            raise ConfigError(f"nobody else serves the addresses of {target}, so it cannot be drained; use `tandem down`")
         if not self._reconciler.drain(target, now + deadline_s):
             raise ConfigError(f"{target} is {report.state.value}; only a ready worker can be drained")
         self._drains[target, report.epoch] = now + deadline_s
@@ -263,17 +270,23 @@ class Controller:
         if role is WorkerRole.ROUTER:  # it ends first, and leaves the workers their part of the grace time
             grace_s = config.cluster.grace_s
             cluster = config.cluster.model_copy(update={"grace_s": grace_s - worker_grace_s(grace_s)})
-            config = config.model_copy(update={"cluster": cluster})
+            router = config.router.model_copy(update=self._router_addresses(worker_id))
+            config = config.model_copy(update={"cluster": cluster, "router": router})
         return HostSpec(worker_id, role, epoch, config, self.address)
 
     def _keep_address(self, report: WorkerReport) -> None:
         """A router's successor listens where clients already connect, also when the first port was free to choose."""
         if report.role is WorkerRole.ROUTER and report.grpc_address:
-            update = {"grpc": report.grpc_address}
-            if report.http_address:
-                update["http"] = report.http_address
-            router = self._config.router.model_copy(update=update)
-            self._config = self._config.model_copy(update={"router": router})
+            http = {"http": report.http_address} if report.http_address else {}
+            self._routers_at[report.worker_id] = {"grpc": report.grpc_address, **http}
+
+    def _router_addresses(self, worker_id: str) -> dict[str, str]:
+        """Where it is to listen: all routers at the same ports, or each at its own, counted up from those configured."""
+        router = self._config.router
+        if worker_id in self._routers_at:
+            return self._routers_at[worker_id]
+        number = 0 if router.share_address else int(worker_id.rpartition("-")[2])
+        return {name: _counted_up(address, number) for name, address in (("grpc", router.grpc), ("http", router.http))}
 
     def _model(self) -> str:
         config = self._config.model

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,35 @@ async def _up(
 ) -> None:
     signals = _Signals()
     await _check_directory(config)
+    with contextlib.ExitStack() as ports:
+        if config.cluster.routers > 1 and config.router.share_address:
+            config = _with_ports(config, ports)
+        await _run(config, desired, signals, on_ready, on_change, on_line)
+
+
+def _with_ports(config: Config, held: contextlib.ExitStack) -> Config:
+    """Free ports of the routers chosen now, where it is left to us: they all listen at the same. `held` keeps them ours: a
+    socket that is bound and does not listen takes no connection."""
+    update = {}
+    for name in ("grpc", "http"):
+        address = getattr(config.router, name)
+        host, _, port = address.rpartition(":")
+        if int(port) == 0:
+            sock = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind((host.strip("[]"), 0))
+            update[name] = f"{host}:{sock.getsockname()[1]}"
+    return config.model_copy(update={"router": config.router.model_copy(update=update)})
+
+
+async def _run(
+    config: Config,
+    desired: dict[WorkerRole, int],
+    signals: _Signals,
+    on_ready: Callable[[Addresses], None],
+    on_change: Callable[[ClusterSnapshot], None],
+    on_line: Callable[[str], None],
+) -> None:
     async with _launcher(config, on_line, signals) as launcher:
         controller = Controller(config, launcher, desired)
         servicer = ClusterServicer(controller, config.cluster.heartbeat_s, signals.stop.set)

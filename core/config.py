@@ -149,6 +149,9 @@ _CLASSES: dict[str, dict[str, Any]] = {
 class RouterConfig(_Branch):
     grpc: str = "127.0.0.1:0"
     http: str = "127.0.0.1:0"
+    share_address: bool = True
+    """Of several routers (`cluster.routers`): all listen at `grpc` and `http`, and the kernel spreads connections over those of
+    one host. false: each has ports of its own, counted up from these."""
     policy: str = "least_load"
     cost_model: str = ""
     """A file of `tandem profile`: what steps are believed to cost until workers have learned it."""
@@ -207,6 +210,7 @@ class ClusterConfig(_Branch):
     prefill: int = Field(1, ge=0)
     decode: int = Field(1, ge=0)
     colocated: int = Field(0, ge=0)
+    routers: int = Field(1, ge=1, le=64)
     role_changes: Literal["off", "auto"] = "off"
     """`auto`: workers change sides when a router proposes it; `off`: proposals are shown, `tandem role` does it by hand."""
     admin: str = "127.0.0.1:0"

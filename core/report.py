@@ -68,6 +68,8 @@ class WorkerReport:
     model: ModelFacts | None = None
     proposal: RoleProposal | None = None
     """Of routers."""
+    peer_address: str = ""
+    """Of routers that share their `grpc_address`: where this one alone answers."""
     progress: float = 0.0
     """Of starting, 0 to 1."""
     detail: str = ""

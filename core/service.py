@@ -32,7 +32,6 @@ _SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (
     *KEEPALIVE_OPTIONS,
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.so_reuseport", 0),  # a port in use must be an error, not a shared port
 )
 
 
@@ -49,6 +48,7 @@ class GrpcServer:
     """An async context manager: listening inside the block, drained at its end.
 
     `address` is what clients can dial once entered (port 0 resolved). Raises ConfigError when the port is taken.
+    `shared`: other processes of ours may listen at it too, and each gets its part of the connections.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class GrpcServer:
         *,
         grace_s: float = 1.0,
         message_bytes_max: int = MESSAGE_BYTES_MAX,
+        shared: bool = False,
     ) -> None:
         self.address = address
         self._registrations = tuple(registrations)
@@ -67,6 +68,7 @@ class GrpcServer:
             interceptors=(RefuseMalformed(),),
             options=(
                 *_SERVER_OPTIONS,
+                ("grpc.so_reuseport", int(shared)),  # unless it is meant so, a port in use must be an error
                 ("grpc.max_receive_message_length", message_bytes_max),
                 ("grpc.max_send_message_length", -1),
             ),
@@ -90,6 +92,11 @@ class GrpcServer:
         await self.set_serving(True)
         return self
 
+    async def turn_away(self, grace_s: float) -> None:
+        """New calls go elsewhere from now on: clients are told, the port is given up. Returns when the calls under way have
+        ended or, after `grace_s`, were cut off."""
+        await self._server.stop(grace_s)
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -104,7 +111,11 @@ class GrpcServer:
 
 
 def serve(
-    address: str, *registrations: Registration, grace_s: float = 1.0, message_bytes_max: int = MESSAGE_BYTES_MAX
+    address: str,
+    *registrations: Registration,
+    grace_s: float = 1.0,
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
+    shared: bool = False,
 ) -> GrpcServer:
     """`async with serve("127.0.0.1:0", Registration(...)) as server: server.address`."""
-    return GrpcServer(address, registrations, grace_s=grace_s, message_bytes_max=message_bytes_max)
+    return GrpcServer(address, registrations, grace_s=grace_s, message_bytes_max=message_bytes_max, shared=shared)

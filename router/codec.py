@@ -33,7 +33,17 @@ def follow_kv_to_pb(stream: int) -> pb.SessionCommand:
     return pb.SessionCommand(follow_kv=pb.FollowKv(stream=stream))
 
 
-def command_to_pb(command: ev.Send) -> pb.SessionCommand:
+def command_to_pb(command: ev.Send, scope: str = "") -> pb.SessionCommand:
+    """`scope` ends every request id that workers see, so that the same id at two routers is two requests to them."""
+    message = _unscoped(command)
+    if scope:
+        inner = getattr(message, message.WhichOneof("command") or "")
+        key = inner.item.key if hasattr(inner, "item") else inner.key
+        key.request_id += scope
+    return message
+
+
+def _unscoped(command: ev.Send) -> pb.SessionCommand:
     match command:
         case ev.SendReserve(_, item):
             return pb.SessionCommand(reserve=pb.Reserve(item=item_to_pb(item)))
@@ -47,13 +57,15 @@ def command_to_pb(command: ev.Send) -> pb.SessionCommand:
             return pb.SessionCommand(cancel=pb.CancelAttempt(key=key_to_pb(key)))
 
 
-def events_from_pb(worker: str, message: pb.SessionEvent) -> Iterable[Addressed]:
-    """What one message says, journey by journey. A kind of message newer than this router says nothing to it."""
+def events_from_pb(worker: str, message: pb.SessionEvent, scope: str = "") -> Iterable[Addressed]:
+    """What one message says, journey by journey, their ids without `scope`. A kind of message newer than this router says
+    nothing to it."""
     kind = message.WhichOneof("event")
     if kind == "tokens":
-        return _tokens(worker, message.tokens)
+        found = _tokens(worker, message.tokens)
+        return [(request_id.removesuffix(scope), event) for request_id, event in found] if scope else found
     event = _one_event(worker, kind, message)
-    return () if event is None else (event,)
+    return () if event is None else ((event[0].removesuffix(scope), event[1]),)
 
 
 def _tokens(worker: str, step: pb.StepTokens) -> list[Addressed]:

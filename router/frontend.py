@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from core.clock import Clock
 from core.errors import InvalidRequestError, TandemError, UnavailableError
@@ -33,7 +33,9 @@ class Frontend:
         clock: Clock,
         slow_client_s: float,
         terms_of: TermsOf,
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
+        """`new_id` names requests that came without an id."""
         self.text = text
         self._dispatcher = dispatcher
         self._knowledge = knowledge
@@ -41,6 +43,7 @@ class Frontend:
         self._clock = clock
         self._slow_client_s = slow_client_s
         self._terms_of = terms_of
+        self._new_id = new_id
         self._runs: dict[str, Run | None] = {}  # None: being admitted
         self._cancelled_early: set[str] = set()  # while they were being admitted
         self._used = UsedIds()
@@ -109,7 +112,7 @@ class Frontend:
         """Claims the request's id at once, so that two calls in the same instant cannot share one."""
         if self._closing:
             raise UnavailableError("the router is stopping; send the request to another one", retry_after_s=1.0)
-        request_id = request.request_id or uuid.uuid4().hex
+        request_id = request.request_id or self._new_id()
         check_request_id(request_id)
         if request_id in self._runs:
             raise InvalidRequestError(f"request_id {request_id!r} is already running; choose another or leave it empty")

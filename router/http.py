@@ -55,14 +55,14 @@ def build_app(
     metrics: Callable[[], bytes],
     max_body_bytes: int,
     targets: Callable[[], list[Json]] = list,
+    new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
 ) -> Starlette:
     """The ASGI application. `metrics` renders the Prometheus page, `targets` lists every process that has one; a larger
-
-    body than `max_body_bytes` is refused.
+    body than `max_body_bytes` is refused. `new_id` names requests that came without an id.
     """
     small = _SmallDoors(front, metrics, targets)
-    completions = _Generation(front, names, max_body_bytes, read_completion)
-    chats = _Generation(front, names, max_body_bytes, read_chat)
+    completions = _Generation(front, names, max_body_bytes, read_completion, new_id)
+    chats = _Generation(front, names, max_body_bytes, read_chat, new_id)
     return Starlette(
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
@@ -123,14 +123,22 @@ class _SmallDoors:
 class _Generation:
     """An ASGI application of its own rather than a Starlette endpoint, because it watches for the client leaving."""
 
-    def __init__(self, front: FrontDoor, names: TokenNames, max_body_bytes: int, read_call: Callable[[bytes], ApiCall]) -> None:
+    def __init__(
+        self,
+        front: FrontDoor,
+        names: TokenNames,
+        max_body_bytes: int,
+        read_call: Callable[[bytes], ApiCall],
+        new_id: Callable[[], str],
+    ) -> None:
         self._front = front
         self._names = names
         self._max_body_bytes = max_body_bytes
         self._read_call = read_call
+        self._new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = uuid.uuid4().hex
+        request_id = self._new_id()
         try:
             call = self._read_call(await read_body(scope, receive, self._max_body_bytes))
             call = with_headers(call, scope["headers"])

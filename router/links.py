@@ -70,9 +70,11 @@ class Link:
         worker: WorkerView,
         listener: Listener,
         kv_events: KvEvents | None = None,
+        scope: str = "",
     ) -> None:
         self.worker = worker
         self.up = False
+        self._scope = scope
         self._router_id = router_id
         self._router_epoch = router_epoch
         self._lease_s = lease_s
@@ -87,7 +89,7 @@ class Link:
     def send(self, command: Send) -> None:
         """Queues a command of a session that is up."""
         assert self.up, "commands never name a lost worker"
-        self._put(command_to_pb(command))
+        self._put(command_to_pb(command, self._scope))
 
     def _put(self, command: pb.SessionCommand) -> None:
         self._out.append(command)
@@ -159,7 +161,7 @@ class Link:
                 if message.WhichOneof("event") == "kv_changes":
                     self._heard_of_blocks(message.kv_changes)
                 else:
-                    heard(name, events_from_pb(name, message))
+                    heard(name, events_from_pb(name, message, self._scope))
                 if not self.up:
                     return
         finally:
@@ -206,13 +208,20 @@ class Link:
 
 
 class Links:
-    """All sessions of this router. `follow(view)` opens and closes them. `kv_events`: who hears of the workers' blocks."""
+    """All sessions of this router. `follow(view)` opens and closes them. `kv_events`: who hears of the workers' blocks;
+    `scope`: what sets this router's requests apart from those of others with the same ids (`codec.command_to_pb`)."""
 
     def __init__(
-        self, router_id: str, router_epoch: int, lease_s: float, listener: Listener, kv_events: KvEvents | None = None
+        self,
+        router_id: str,
+        router_epoch: int,
+        lease_s: float,
+        listener: Listener,
+        kv_events: KvEvents | None = None,
+        scope: str = "",
     ) -> None:
         self._make: Callable[[WorkerView], Link] = lambda worker: Link(
-            router_id, router_epoch, lease_s, worker, listener, kv_events
+            router_id, router_epoch, lease_s, worker, listener, kv_events, scope
         )
         self._links: dict[str, Link] = {}
         self._retiring: set[asyncio.Task[None]] = set()

@@ -7,13 +7,11 @@ import contextlib
 import logging
 import random
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
-from functools import partial
 from importlib import metadata
 from typing import NamedTuple
-
-from prometheus_client import CollectorRegistry, generate_latest
 
 from core.clock import SystemClock
 from core.config import Config
@@ -22,6 +20,7 @@ from core.hostspec import HostSpec
 from core.report import WorkerReport, WorkerState
 from core.reporter import Reporter, first_report
 from core.service import GrpcServer, Registration, serve
+from core.telemetry import Metrics, MetricsServer
 from core.text import Tokenizer
 from router.attempt import Limits
 from router.dispatch import Dispatcher
@@ -36,13 +35,14 @@ from router.placing import Placer
 from router.policies import make_policy
 from router.pressure import RoleAdvisor
 from router.prior import Prior
+from router.replicas import Replicas
 from router.service import InferenceServicer, StatusServicer
 from router.slo import TermsOf
 from router.store_links import StoreLinks
 from router.view import ClusterView
 from router.waiting_room import WaitingRoom
 from router.watch import Watch
-from router.web import web_server
+from router.web import WebServer
 from tandem.v1.cluster_pb2_grpc import add_ClusterServicer_to_server
 from tandem.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 
@@ -90,21 +90,26 @@ class Router:
         placer = Placer(make_policy(config.policy), config.stale_after_s, random.Random(), config.index_blocks_max)
         self.dispatcher = Dispatcher(placer, limits_from(spec.config), WaitingRoom(config), clock)
         self._exchange = Exchange(self.dispatcher.room, totals, clock) if totals is not None else None
-        self._links = Links(spec.worker_id, spec.epoch, config.session_lease_s, self.dispatcher, placer.events)
+        self._watch = Watch(spec.controller, spec.worker_id, self._follow)
+        self._replicas = replicas_of(spec, self._watch)
+        scope = f"@{self._replicas.name}" if self._replicas is not None else ""
+        self._links = Links(spec.worker_id, spec.epoch, config.session_lease_s, self.dispatcher, placer.events, scope)
         self._stores = StoreLinks(placer.events) if placer.events is not None else None
         self.dispatcher.links = self._links
         knowledge = ModelKnowledge(spec.config.model.name, _version())
-        self.frontend = Frontend(self.dispatcher, text, knowledge, stats, clock, config.slow_client_s, TermsOf(config))
+        self._new_id = self._replicas.new_id if self._replicas is not None else lambda: uuid.uuid4().hex
+        slow_client_s, terms_of = config.slow_client_s, TermsOf(config)
+        self.frontend = Frontend(self.dispatcher, text, knowledge, stats, clock, slow_client_s, terms_of, self._new_id)
+        self._shared = self._replicas is not None and config.share_address
+        self._inference = InferenceServicer(self.frontend, self._replicas)
         self._text = text
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(RouterMetrics(stats, self.dispatcher))
+        self._metrics: list[Metrics] = [RouterMetrics(stats, self.dispatcher)]
         if placer.index is not None and placer.events is not None:
-            self._registry.register(IndexMetrics(placer.index, placer.events))
+            self._metrics.append(IndexMetrics(placer.index, placer.events))
         self._clock = clock
         self._prior = prior_of(spec.config)
         if self._prior is not None:
-            self._registry.register(PriorMetrics(self._prior))
-        self._watch = Watch(spec.controller, spec.worker_id, self._follow)
+            self._metrics.append(PriorMetrics(self._prior))
         self._said = first_report(spec)
         limits = config.classes[config.default_class]
         self._advisor = RoleAdvisor(limits.ttft_s or ASSUMED_TTFT_S, limits.tbt_s or ASSUMED_TBT_S)
@@ -119,33 +124,46 @@ class Router:
             if self._stores is not None:
                 stack.push_async_callback(self._stores.close)
             stack.callback(self.dispatcher.close)
-            server, http_address = await self._listen(stack)
-            self._said = replace(
-                self._said, grpc_address=server.address, http_address=http_address, metrics_address=http_address
-            )
+            server, web = await self._listen(stack)
+            self._said = replace(self._said, grpc_address=server.address, http_address=web.address)
+            await self._listen_alone(stack, web.address)
             await stack.enter_async_context(_running(self._watch.run(), "watch"))
             await stack.enter_async_context(_running(self._reporter.run(), "report"))
             if self._exchange is not None:
                 await stack.enter_async_context(_running(self._exchange.run(), "exchange of what tenants were served"))
-            info = RouterInfo(self._spec.worker_id, server.address, http_address)
+            info = RouterInfo(self._spec.worker_id, server.address, web.address)
             announce = self._announce(server, info, on_ready)
             async with _running(announce, "announce readiness"):
                 await _first(stop, self._drain)
-            await self._finish(server)
+            await self._finish(server, web)
 
-    async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[GrpcServer, str]:
-        config = self._spec.config.router
-        render = partial(generate_latest, self._registry)
-        app = build_app(self.frontend, self._text, render, config.max_body_bytes, self._watch.scrape_targets)
-        http_address = await stack.enter_async_context(web_server(app, config.http, SERVER_GRACE_S))
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[GrpcServer, WebServer]:
+        """The two fronts, where users connect."""
+        config, shared = self._spec.config.router, self._shared
+        render = MetricsServer("", self._metrics).render
+        app = build_app(self.frontend, self._text, render, config.max_body_bytes, self._watch.scrape_targets, self._new_id)
+        web = await stack.enter_async_context(WebServer(app, config.http, SERVER_GRACE_S, shared=shared))
         server = serve(
             config.grpc,
-            Registration("tandem.v1.Inference", add_InferenceServicer_to_server, InferenceServicer(self.frontend)),
+            Registration("tandem.v1.Inference", add_InferenceServicer_to_server, self._inference),
             Registration("tandem.v1.Cluster", add_ClusterServicer_to_server, StatusServicer(self._watch.status)),
             grace_s=SERVER_GRACE_S,
             message_bytes_max=config.max_body_bytes,
+            shared=shared,
         )
-        return await stack.enter_async_context(server), http_address
+        return await stack.enter_async_context(server), web
+
+    async def _listen_alone(self, stack: contextlib.AsyncExitStack, http_address: str) -> None:
+        """Where this router and no other answers: other routers, and whoever scrapes its metrics."""
+        if self._replicas is None:
+            self._said = replace(self._said, metrics_address=http_address)
+            return
+        stack.push_async_callback(self._replicas.close)
+        listen = self._spec.listen
+        own = Registration("tandem.v1.Inference", add_InferenceServicer_to_server, self._inference)
+        peer = await stack.enter_async_context(serve(listen, own, grace_s=SERVER_GRACE_S))
+        metrics = await stack.enter_async_context(MetricsServer(f"{listen.rpartition(':')[0]}:0", self._metrics))
+        self._said = replace(self._said, peer_address=peer.address, metrics_address=metrics.address)
 
     async def _announce(self, server: GrpcServer, info: RouterInfo, on_ready: Callable[[RouterInfo], None] | None) -> None:
         """Tells health checks, the controller and the host whether requests can be served, whenever that changes."""
@@ -188,16 +206,27 @@ class Router:
         )
         return self._said
 
-    async def _finish(self, server: GrpcServer) -> None:
+    async def _finish(self, server: GrpcServer, web: WebServer) -> None:
         self.frontend.begin_close()
         await server.set_serving(False)
         self._said = replace(self._said, state=WorkerState.DRAINING)
         self._reporter.changed()
+        grace_s = self._grace_s * GRACE_SHARE
         try:
-            async with asyncio.timeout(self._grace_s * GRACE_SHARE):
+            async with contextlib.AsyncExitStack() as stack, asyncio.timeout(grace_s):
+                if self._replicas is not None:  # new calls find another router
+                    web.turn_away()
+                    await stack.enter_async_context(_running(server.turn_away(grace_s), "turn calls away"))
                 await self.frontend.drained()
         except TimeoutError:
             log.warning("%d requests did not finish within the grace time and are cancelled", self.frontend.live)
+
+
+def replicas_of(spec: HostSpec, watch: Watch) -> Replicas | None:
+    """The other routers, where there are to be any."""
+    if spec.config.cluster.routers == 1:
+        return None
+    return Replicas(spec.worker_id, spec.epoch, lambda: watch.latest.workers)
 
 
 def limits_from(config: Config) -> Limits:

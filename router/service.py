@@ -26,6 +26,7 @@ from router.frontend_types import (
     Token,
     TokenBatch,
 )
+from router.replicas import ASKED_BY_ROUTER, Alone, Peers
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
 from tandem.v1 import inference_pb2 as pb
 
@@ -35,8 +36,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    def __init__(self, front: FrontDoor) -> None:
+    """`peers`: the other routers, asked about requests that are not this one's."""
+
+    def __init__(self, front: FrontDoor, peers: Peers | None = None) -> None:
         self._front = front
+        self._peers = peers or Alone()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Writes through the context instead of yielding: so a client that hangs up ends the request in this frame, at
@@ -58,12 +62,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             await _abort(context, InternalError("the router made a mistake on this request; its log says which"))
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
-        return pb.CancelResponse(found=self._front.cancel(request.request_id))
+        found = self._front.cancel(request.request_id)
+        if not found and not _passed_on(context):
+            found = await self._peers.cancel(request.request_id)
+        return pb.CancelResponse(found=found)
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         try:
             return explanation_to_pb(self._front.explain(request.request_id))
         except TandemError as error:
+            if not _passed_on(context) and (elsewhere := await self._peers.explain(request.request_id)) is not None:
+                return elsewhere
             await _abort(context, error)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
@@ -98,6 +107,11 @@ class _Explained:
 
 def _asks_why(context: Context) -> bool:
     return any(key == explain.HEADER and explain.wanted(str(value)) for key, value in context.invocation_metadata() or ())
+
+
+def _passed_on(context: Context) -> bool:
+    """By another router, which asks the others itself."""
+    return any(key == ASKED_BY_ROUTER for key, _ in context.invocation_metadata() or ())
 
 
 class StatusServicer(cluster_pb2_grpc.ClusterServicer):

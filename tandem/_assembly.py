@@ -86,6 +86,9 @@ class Assembly:
             self._retries += 1
             return self._retry.delay_s(self._retries - 1)
         self.done = True
+        if isinstance(error, UnavailableError) and self._heard:
+            text = f"the answer broke off, it may be asked for again with the same seed ({error})"
+            error = type(error)(text, retry_after_s=error.retry_after_s)
         self._error = error
         raise error
 

@@ -34,7 +34,7 @@ class BlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., active: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "sequence", "state", "pid", "node", "host_id", "grpc_address", "metrics_address", "http_address", "blocks", "leases_open", "running", "waiting", "waiting_tokens", "layout", "model", "progress", "detail", "context_tokens", "step_cost", "proposal")
+    __slots__ = ("worker_id", "role", "epoch", "sequence", "state", "pid", "node", "host_id", "grpc_address", "metrics_address", "http_address", "blocks", "leases_open", "running", "waiting", "waiting_tokens", "layout", "model", "progress", "detail", "context_tokens", "step_cost", "proposal", "peer_address")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class WorkerReport(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEP_COST_FIELD_NUMBER: _ClassVar[int]
     PROPOSAL_FIELD_NUMBER: _ClassVar[int]
+    PEER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: _common_pb2.WorkerRole
     epoch: int
@@ -81,7 +82,8 @@ class WorkerReport(_message.Message):
     context_tokens: int
     step_cost: StepCost
     proposal: RoleProposal
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., host_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., http_address: _Optional[str] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., leases_open: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., progress: _Optional[float] = ..., detail: _Optional[str] = ..., context_tokens: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., proposal: _Optional[_Union[RoleProposal, _Mapping]] = ...) -> None: ...
+    peer_address: str
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., host_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., http_address: _Optional[str] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., leases_open: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., progress: _Optional[float] = ..., detail: _Optional[str] = ..., context_tokens: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., proposal: _Optional[_Union[RoleProposal, _Mapping]] = ..., peer_address: _Optional[str] = ...) -> None: ...
 
 class RoleProposal(_message.Message):
     __slots__ = ("target", "role", "reason")

@@ -143,6 +143,18 @@ async def test_a_router_proposes_roles_and_the_controller_decides(obeys: str, pl
         assert report_of(snapshot, "router-0").proposal == RoleProposal("prefill-1", WorkerRole.DECODE, "a test")
 
 
+def test_routers_share_an_address_or_count_up_from_it() -> None:
+    def listens(number: int, **router: object) -> tuple[str, str]:
+        config = load(overrides={"cluster.routers": 3, **{f"router.{name}": value for name, value in router.items()}})
+        made = Controller(config, LocalLauncher(), desired_of(config))._spec(f"router-{number}", WorkerRole.ROUTER, 1)
+        return made.config.router.grpc, made.config.router.http
+
+    at = {"grpc": "0.0.0.0:7000", "http": "[::]:8000"}
+    assert listens(2, **at) == ("0.0.0.0:7000", "[::]:8000")
+    assert listens(2, share_address=False, **at) == ("0.0.0.0:7002", "[::]:8002")
+    assert listens(2, share_address=False) == ("127.0.0.1:0", "127.0.0.1:0")
+
+
 async def test_an_operator_drains_a_worker_and_ends_the_cluster() -> None:
     async with cluster() as running:
         await running.until(lambda s: len(ready(s)) == 3)
