@@ -35,7 +35,7 @@ class Match:
     """The longest anywhere, on a disk too."""
 
 
-NOTHING_KNOWN = Match(np.zeros(1, dtype=np.int64), 0)
+NOTHING_KNOWN = Match(np.zeros(1), 0)
 
 
 class BlockIndex:

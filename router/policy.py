@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -54,8 +54,7 @@ class Nobody:
     busy: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A placement that was looked at, and what was predicted of it.
 
     `ttft_s` from the decision to the first token: `overhead_s` of router and sessions, `queue_s` behind other prompts,
@@ -154,16 +153,7 @@ def whole_cost(pool: Pool) -> Column:
 
 def window_open(pool: Pool, tokens: int) -> Mask:
     """Prefill workers that may be sent a prompt now. Alone, any prompt may go."""
-    return np.asarray((pool.prefills == 0) | (pool.claimed_tokens + tokens <= PREFILL_WINDOW_TOKENS))
-
-
-def can_place(situation: Situation, need: Need) -> bool:
-    """Whether there is a pair or a colocated worker to choose."""
-    prefill = situation.prefill
-    if situation.whole.allowed(need.avoid).any():
-        return True
-    may_prefill = prefill.allowed(need.avoid) & window_open(prefill, need.tokens)
-    return bool(may_prefill.any() and situation.decode.allowed(need.avoid).any())
+    return np.asarray(pool.window_tokens <= PREFILL_WINDOW_TOKENS - tokens)
 
 
 def why_nobody(situation: Situation, need: Need) -> Nobody:

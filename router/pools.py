@@ -8,6 +8,7 @@ our claims of now are added: a burst does not herd onto one worker, and what we 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from router.view import NOTHING, Claims, Held, WorkerView
 
 Column = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int64]
 
 UNKNOWN_COST = StepCost(base_s=2e-3, prefill_token_s=1e-4, prefill_pair_s=1e-8, decode_row_s=2e-4, decode_context_s=1e-7)
 """Of a pool in which nobody has learned anything yet: the shape is right, and workers are told apart by load alone."""
@@ -82,24 +84,29 @@ class Pool:
         self.room_blocks = _column([worker.blocks_free + worker.blocks_cached for worker in workers])
         self.blocks = _column([max(worker.blocks_total, 1) for worker in workers])
         self.block_tokens = _column([worker.layout.block_size if worker.layout else 1 for worker in workers])
+        self.room_tokens = self.room_blocks * self.block_tokens
         known = calibration or Calibration()
         each = [known.of(name) for name in self.names]
         self.corrections = Corrections(*(_column([getattr(one, name) for one in each]) for name in Corrections._fields))
         self.cost = _corrected(_costs(workers, typical), self.corrections, [w.role is WorkerRole.PREFILL for w in workers])
         self.standard_chunk_s, self.standard_gap_s = _chunk_s(self.cost), _gap_s(self.cost)
-        self.prefills = np.zeros(len(workers))
-        self.claimed_tokens = np.zeros(len(workers))
+        self.shared_token_s = float(self.cost.prefill_token_s.mean()) / len(self.names) if self.names else 0.0
+        self._everybody = np.ones(len(self.names), dtype=np.bool_)
+        self._slots_version = -1
+        self._without_claims()
+        self.refresh(claims.all_held())
+
+    def _without_claims(self) -> None:
+        """The columns that `refresh` keeps, as they are where we have nothing."""
+        self.prefills, self.coming, self.coming_tokens, self._ours_s, self._first_s, self._since = np.zeros(
+            (6, len(self.names))
+        )
+        self.window_tokens = np.full(len(self.names), -np.inf)
         self.waiting_tokens = self._other_tokens.copy()
         self.running = self._other_running.copy()
-        self.context = self._other_context.copy()
-        self.coming = np.zeros(len(workers))
-        self.coming_tokens = np.zeros(len(workers))
+        self.context = np.where(self.running > 0, self._other_context, 0.0)
         self._others_s = self._work_s(self._other_tokens, self._other_tokens * TYPICAL_PROMPT_TOKENS)
-        self._ours_s = np.zeros(len(workers))
-        self._first_s = np.zeros(len(workers))
-        self._since = np.zeros(len(workers))
-        self._slots_version = -1
-        self.refresh(claims.all_held())  # nobody else has any
+        self.gap_now_s = self.gap_s()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,37 +120,50 @@ class Pool:
                 continue
             held = claims.held(name)
             self.prefills[row] = held.prefills
-            self.claimed_tokens[row] = held.prefill_tokens
+            self.window_tokens[row] = held.prefill_tokens if held.prefills else -np.inf  # alone, any prompt may go
             self._ours_s[row] = ours_s = self._work_of(row, held)
             self._first_s[row], self._since[row] = ours_s / max(held.prefills, 1), held.since
-            self.waiting_tokens[row] = self._other_tokens[row] + held.prefill_tokens
-            self.running[row] = self._other_running[row] + held.running
-            self.context[row] = self._other_context[row] + held.context_tokens
+            self.waiting_tokens[row] = self._other_tokens.item(row) + held.prefill_tokens
+            self.running[row] = running = self._other_running.item(row) + held.running
+            self.context[row] = context = self._other_context.item(row) + held.context_tokens if running else 0.0
             self.coming[row], self.coming_tokens[row] = held.coming, held.coming_tokens
+            gap_s = self.cost.base_s.item(row) + self.cost.decode_row_s.item(row) * running
+            self.gap_now_s[row] = gap_s + self.cost.decode_context_s.item(row) * context
 
-    def of_slots(self, values: npt.NDArray[np.int64], index: BlockIndex) -> Column:
+    def only(self, row: int) -> Pool:
+        """The columns of one worker, as they are now; means are still those of all."""
+        one = copy(self)
+        one.names, one.row = (self.names[row],), {self.names[row]: 0}
+        span = slice(row, row + 1)
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                setattr(one, name, value[span])
+        one.corrections = Corrections(*(column[span] for column in self.corrections))
+        one.cost = CostColumns(*(column[span] for column in self.cost))
+        one._slots_version = -1
+        return one
+
+    def of_slots(self, values: Column, index: BlockIndex) -> Column:
         """What the index has by slot, by row."""
         if self._slots_version != index.slots.version:
             self._slots, self._slots_version = index.places(self.names), index.slots.version
-        return values[self._slots].astype(np.float64)
+        found: Column = values[self._slots]
+        return found
 
     def allowed(self, avoid: frozenset[str]) -> Mask:
-        mask = np.ones(len(self.names), dtype=np.bool_)
-        for name in avoid:
-            row = self.row.get(name)
-            if row is not None:
-                mask[row] = False
+        """Everybody but these. Not to be written to."""
+        rows = [row for name in avoid if (row := self.row.get(name)) is not None]
+        if not rows:
+            return self._everybody
+        mask = self._everybody.copy()
+        mask[rows] = False
         return mask
 
     def prefill_s(self, new_tokens: Column | float, context: Column | float = 0.0) -> Column:
         """Computing a prompt of `new_tokens` behind `context` alone, in chunks, on each worker."""
         cost = self.cost
-        looked_at = new_tokens * (context + (new_tokens + 1) / 2)
-        return np.asarray(
-            np.ceil(new_tokens / CHUNK_TOKENS) * cost.base_s
-            + cost.prefill_token_s * new_tokens
-            + cost.prefill_pair_s * looked_at
-        )
+        token_s = cost.prefill_token_s + cost.prefill_pair_s * (context + 0.5 * (new_tokens + 1))
+        return np.asarray(np.ceil(new_tokens / CHUNK_TOKENS) * cost.base_s + token_s * new_tokens)
 
     def queue_s(self, now: float = 0.0) -> Column:
         """Until what waits on each worker is computed: prompt by prompt, less what was done of the first one by now.

@@ -22,7 +22,7 @@ DEAD_MAX = 32
 FEW = 4
 """Bits that are looked for one by one rather than all at once."""
 
-Depths = npt.NDArray[np.int64]
+Depths = npt.NDArray[np.float64]
 """Blocks of a prefix by slot of its holder; one more element, which is 0, for whoever has no slot."""
 
 
@@ -112,7 +112,7 @@ class PrefixIndex:
     def depths(self, keys: Keys) -> Depths:
         """How far into `keys` the blocks of the node of each slot reach without a gap."""
         slots = self._slots
-        depths = np.zeros(len(slots.names) + 1, dtype=np.int64)
+        depths = np.zeros(len(slots.names) + 1)
         numbers = self._table.leading(keys)
         if not numbers.size:
             return depths

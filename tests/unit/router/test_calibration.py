@@ -13,7 +13,8 @@ from core.cost_model import StepCost
 from core.request import AttemptTiming
 from router.calibration import NO_CORRECTION, OUTCOMES_MIN, REMEMBERED, Calibration
 from router.facts import Facts
-from router.goodput import Goodput, forecast
+from router.forecast import forecast
+from router.goodput import Goodput
 from router.policy import Candidate, Need, Pair
 from router.pools import FACTOR_MAX, Pool
 from router.situation import Situation

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_policies import KEYS, PROMPT, C, D, P, situation, worker
 
 from core.cost_model import StepCost
-from core.request import Slo
+from core.request import Slo, WorkerRole
+from router.forecast import Goal, Split, Whole
 from router.goodput import Goodput
-from router.policy import Decision, Need, Pair
+from router.policy import Decision, Need, Pair, window_open
+from router.view import NO_CLAIM, Claim, Claims, WorkerView
 
 COST = StepCost(base_s=2e-3, prefill_token_s=1e-3, prefill_pair_s=0.0, decode_row_s=1e-3, decode_context_s=0.0)
 SLO = Slo(ttft_s=1.0, tbt_s=0.02)
@@ -73,3 +78,45 @@ def test_candidates_say_why():
     here = situation(*workers(worker("p0", P, waiting_tokens=2000), worker("d0", D, running=60)))
     reasons = {candidate.reason for candidate in decide(here).candidates}
     assert any("misses 2" in reason for reason in reasons)
+
+
+loads = st.fixed_dictionaries(
+    {"running": st.integers(0, 60), "waiting_tokens": st.integers(0, 5000), "speed": st.floats(0.5, 4.0)}
+)
+
+
+def loaded(name: str, role: WorkerRole, running: int, waiting_tokens: int, speed: float) -> WorkerView:
+    load = {"running": running, "context_tokens": 100 * running} if role is D else {"waiting_tokens": waiting_tokens}
+    return worker(name, role, step_cost=COST.scaled(speed), **load)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prefills=st.lists(loads, min_size=1, max_size=14),
+    decodes=st.lists(loads, min_size=1, max_size=14),
+    ttft_s=st.none() | st.floats(0.05, 10.0),
+    tbt_s=st.none() | st.floats(0.002, 0.2),
+    claimed=st.lists(st.tuples(st.integers(0, 13), st.integers(0, 13)), max_size=12),
+    answer=st.integers(1, 400),
+)
+def test_no_pair_is_better_than_the_one_that_was_found(prefills, decodes, ttft_s, tbt_s, claimed, answer):
+    """Few rows of either side are ranked one by one: the best of all pairs is among them."""
+    made = [loaded(f"p{n:02}", P, **one) for n, one in enumerate(prefills)]
+    made += [loaded(f"d{n:02}", D, **one) for n, one in enumerate(decodes)]
+    claims = Claims()
+    for p, d in claimed:
+        claims.swap(NO_CLAIM, Claim(f"p{p % len(prefills):02}", 300, f"d{d % len(decodes):02}", 300))
+    here = situation(*made, claims=claims)
+    need = Need(1000, slo=Slo(ttft_s=ttft_s, tbt_s=tbt_s), output_tokens=answer)
+    goal, open_rows = Goal.of(need), window_open(here.prefill, need.tokens).nonzero()[0]
+    rows = np.arange(len(decodes))
+    split, alone = Split(here, here.prefill, here.decode, need, goal), Whole(here, here.decode, need, goal)
+    pairs = [split.best(open_rows[p : p + 1], rows[d : d + 1])[0] for p in range(open_rows.size) for d in rows]
+    if not pairs:
+        return
+    best, found = min(pairs, key=lambda one: one.rank), Goodput().decide(here, need).candidates[0]
+    if found.pair.prefill is not None:
+        assert found == best.candidate()
+    else:
+        (quickest,) = [one for d in rows if (one := alone.best(rows[d : d + 1])[0]).candidate() == found]
+        assert quickest.rank < best.rank
