@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from core.wire import each_event
 from tandem.v1 import cluster_pb2, decode_pb2_grpc
 from tandem.v1 import common_pb2 as pb
 from tandem.v1.cluster_pb2_grpc import ClusterStub
@@ -34,14 +35,14 @@ class DirectWorker:
         first_s, timing, started = 0.0, None, time.perf_counter()
         self._commands.put(pb.SessionCommand(generate_local=pb.GenerateLocal(item=item)))
         while not first_s or timing is None:
-            event = next(self._events)
-            match event.WhichOneof("event"):
-                case "tokens":
-                    first_s = time.perf_counter() - started
-                case "prefill_done":
-                    timing = event.prefill_done.timing
-                case "failed":
-                    raise RuntimeError(event.failed.message)
+            for event in each_event(next(self._events)):
+                match event.WhichOneof("event"):
+                    case "tokens":
+                        first_s = time.perf_counter() - started
+                    case "prefill_done":
+                        timing = event.prefill_done.timing
+                    case "failed":
+                        raise RuntimeError(event.failed.message)
         return first_s - timing.queue_s - timing.prefill_s
 
 

@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from core.config import Config, load
 from core.hostspec import HostSpec
 from core.request import AttemptKey, WorkerRole, WorkItem
 from core.service import Registration, serve
-from core.wire import item_to_pb, key_to_pb
+from core.wire import each_event, item_to_pb, key_to_pb
 from kvtransfer.directory import NodeRecord
 from kvtransfer.local_directory import ClockedDirectory, LocalDirectory
 from tandem.sampling import SamplingParams
@@ -74,6 +75,7 @@ class Prefill:
         self.worker_id = spec.worker_id
         self._call = prefill_pb2_grpc.PrefillStub(channel).Session()  # type: ignore[no-untyped-call]
         self._epoch = spec.epoch
+        self._told: deque[pb.SessionEvent] = deque()
 
     async def open(self) -> None:
         hello = pb.SessionHello(peer_id="bench", epoch=1, expected_epoch=self._epoch, lease_s=60.0)
@@ -96,9 +98,14 @@ class Prefill:
         return Answer(admitted - started, first_token - started, done.prefill_done.cached_tokens)
 
     async def _event(self, kind: str) -> pb.SessionEvent:
-        async with asyncio.timeout(ANSWER_S):
-            event = await self._call.read()
-        if event is grpc.aio.EOF or event.WhichOneof("event") != kind:
+        if not self._told:
+            async with asyncio.timeout(ANSWER_S):
+                message = await self._call.read()
+            if message is grpc.aio.EOF:
+                raise RuntimeError(f"{self.worker_id} ended the session where {kind} was expected")
+            self._told.extend(each_event(message))
+        event = self._told.popleft()
+        if event.WhichOneof("event") != kind:
             raise RuntimeError(f"{self.worker_id} answered {event} where {kind} was expected")
         return event
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from core.blocks import KEY_BYTES, BlockRecord, Closing, KvLayout, KvSource, KvTicket
@@ -34,6 +35,12 @@ _ROLE = {
     WorkerRole.ROUTER: common.WORKER_ROLE_ROUTER,
 }
 _ROLE_BACK = {number: role for role, number in _ROLE.items()}
+
+
+def each_event(message: common.SessionEvent) -> Iterator[common.SessionEvent]:
+    """What one message of a session tells, event by event."""
+    yield message
+    yield from message.more
 
 
 def finish_to_pb(reason: FinishReason | None) -> common.FinishReason:

@@ -27,7 +27,7 @@ from kvtransfer.transport import BlocksGoneError, PullResult, check_places, chec
 
 T = TypeVar("T")
 
-INLINE_BYTES_MAX = 256 * 1024  # below this a copy and its digest end before a thread would have started
+INLINE_BYTES_MAX = 2 * 2**20  # copied on the spot: half a millisecond, and a thread is heard of later than that
 DIGEST_SPAN_BYTES = 2**20  # copied, then digested while still in the core's cache
 PLAIN_SPAN_BYTES = 16 * 2**20  # so long that memcpy goes around the cache, so short that a stop is heard within milliseconds
 

@@ -116,18 +116,14 @@ class Following:
         raise TransferError(f"{self._ticket.source.worker_id} ended the hand-off of {self._ticket.key}")
 
     def _dispatch(self, message: kv_pb2.Announcement) -> None:
-        match message.WhichOneof("record"):
-            case "blocks" if not message.blocks.blocks:
-                if self._sent_at:
-                    self._until = max(self._until, self._sent_at.popleft() + self._lease_s)
-            case "blocks":
-                self._listener.announced(_records(message.blocks))
-            case "closing":
-                self._listener.closed(closing_from_pb(message.closing))
-            case "revoked":
-                raise TransferError(f"{self._ticket.source.worker_id} took {self._ticket.key} back: {message.revoked.reason}")
-            case other:
-                log.warning("%s announced %s; ignored", self._ticket.source.worker_id, other)
+        if message.blocks.blocks:
+            self._listener.announced(_records(message.blocks))
+        elif message.HasField("blocks") and self._sent_at:
+            self._until = max(self._until, self._sent_at.popleft() + self._lease_s)
+        if message.HasField("closing"):
+            self._listener.closed(closing_from_pb(message.closing))
+        if message.HasField("revoked"):
+            raise TransferError(f"{self._ticket.source.worker_id} took {self._ticket.key} back: {message.revoked.reason}")
 
     async def _renew(self, now: float) -> None:
         self._renew_at = now + self._ticket.lease_s / 3

@@ -134,12 +134,15 @@ class _FollowerGone(Exception):
 def _messages(news: News, renewals: int) -> Iterator[kv_pb2.Announcement]:
     for _ in range(renewals):
         yield _blocks(())
-    for start in range(0, len(news.records), RECORDS_PER_MESSAGE):
-        yield _blocks(news.records[start : start + RECORDS_PER_MESSAGE])
-    if news.closing is not None:
-        yield kv_pb2.Announcement(closing=closing_to_pb(news.closing))
-    if news.ended is not None:
-        yield kv_pb2.Announcement(revoked=kv_pb2.Revoked(reason=news.ended))
+    told = [_blocks(news.records[at : at + RECORDS_PER_MESSAGE]) for at in range(0, len(news.records), RECORDS_PER_MESSAGE)]
+    if news.closing is not None or news.ended is not None:
+        last = told[-1] if told else kv_pb2.Announcement()  # in the same message: decode waits for it
+        told[-1:] = [last]
+        if news.closing is not None:
+            last.closing.CopyFrom(closing_to_pb(news.closing))
+        if news.ended is not None:
+            last.revoked.reason = news.ended
+    yield from told
 
 
 def _blocks(records: Sequence[BlockRecord]) -> kv_pb2.Announcement:

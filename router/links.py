@@ -13,7 +13,7 @@ import grpc
 from core.errors import InvalidRequestError
 from core.request import WorkerRole
 from core.service import KEEPALIVE_OPTIONS
-from core.wire import changes_from_pb
+from core.wire import changes_from_pb, each_event
 from router.codec import Addressed, command_to_pb, events_from_pb, follow_kv_to_pb, hello_to_pb
 from router.events import Send
 from router.kv_events import KvEvents
@@ -158,12 +158,13 @@ class Link:
         writer.add_done_callback(lambda _: call.cancel())  # a write that fails ends the reading too
         try:
             async for message in events:
-                if message.WhichOneof("event") == "kv_changes":
-                    self._heard_of_blocks(message.kv_changes)
-                else:
-                    heard(name, events_from_pb(name, message, self._scope))
-                if not self.up:
-                    return
+                for event in each_event(message):
+                    if event.WhichOneof("event") == "kv_changes":
+                        self._heard_of_blocks(event.kv_changes)
+                    else:
+                        heard(name, events_from_pb(name, event, self._scope))
+                    if not self.up:
+                        return
         finally:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)

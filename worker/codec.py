@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from core.errors import InvalidRequestError
 from core.kv_changes import KvChanges
@@ -65,6 +65,14 @@ def key_of(message: pb.SessionCommand) -> AttemptKey | None:
         case "open_handoff" | "cancel" as name:
             return key_from_pb(getattr(message, name).key)
     return None
+
+
+def events_to_pb(events: Sequence[Event]) -> pb.SessionEvent:
+    """One message for at least one event."""
+    message = event_to_pb(events[0])
+    if len(events) > 1:
+        message.more.extend(event_to_pb(event) for event in events[1:])
+    return message
 
 
 def event_to_pb(event: Event) -> pb.SessionEvent:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import islice
 
 from worker.messages import Event
+
+EVENTS_PER_MESSAGE = 32
 
 
 class Outbox:
     """Filled by the worker, emptied by the one session that is attached. Used from the asyncio thread only.
 
     An event leaves the box after it was written (`head`, write, `advance`), so a write that breaks loses nothing here.
+    What waits together is told together: a message costs both ends more than what it says.
     """
 
     def __init__(self, bound: int) -> None:
@@ -44,16 +48,14 @@ class Outbox:
         self.close()
         return heir
 
-    async def head(self) -> Event | None:
-        """The next event, left in the box; None after the last one of a closed box."""
-        while not self._events:
-            if self._closed:
-                return None
+    async def head(self) -> list[Event]:
+        """The next events, left in the box; none after the last ones of a closed box."""
+        while not self._events and not self._closed:
             self._changed.clear()
             await self._changed.wait()
-        return self._events[0]
+        return list(islice(self._events, EVENTS_PER_MESSAGE))
 
-    def advance(self) -> None:
-        """The head was written."""
-        if self._events:
+    def advance(self, count: int) -> None:
+        """The first `count` were written."""
+        for _ in range(min(count, len(self._events))):
             self._events.popleft()

@@ -13,7 +13,7 @@ from core.errors import InternalError, InvalidRequestError, StaleEpochError, Tan
 from core.request import AttemptKey
 from tandem.v1 import common_pb2 as pb
 from worker.attempts import Peer
-from worker.codec import command_from_pb, event_to_pb, key_of
+from worker.codec import command_from_pb, event_to_pb, events_to_pb, key_of
 from worker.kv_feeds import KvFeeds
 from worker.links import RouterLinks
 from worker.messages import (
@@ -127,10 +127,10 @@ class SessionServicer:
                 self._fail(key, peer, InternalError("the worker failed on this command; its log says why"))
 
     async def _write(self, outbox: Outbox, context: Context) -> None:
-        while (event := await outbox.head()) is not None:
+        while events := await outbox.head():
             async with asyncio.timeout(self._slow_router_s):
-                await context.write(event_to_pb(event))
-            outbox.advance()
+                await context.write(events_to_pb(events))
+            outbox.advance(len(events))
 
     def _dispatch(self, command: Command, peer: Peer) -> None:
         match command:

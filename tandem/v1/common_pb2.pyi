@@ -339,7 +339,7 @@ class KvChanges(_message.Message):
     def __init__(self, stream: _Optional[int] = ..., sequence: _Optional[int] = ..., added_dram: _Optional[bytes] = ..., added_disk: _Optional[bytes] = ..., removed_dram: _Optional[bytes] = ..., removed_disk: _Optional[bytes] = ...) -> None: ...
 
 class SessionEvent(_message.Message):
-    __slots__ = ("hello", "reserved", "opened", "tokens", "prefill_done", "joined", "failed", "kv_changes")
+    __slots__ = ("hello", "reserved", "opened", "tokens", "prefill_done", "joined", "failed", "kv_changes", "more")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
@@ -348,6 +348,7 @@ class SessionEvent(_message.Message):
     JOINED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     KV_CHANGES_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     hello: SessionHello
     reserved: Reserved
     opened: Opened
@@ -356,4 +357,5 @@ class SessionEvent(_message.Message):
     joined: Joined
     failed: AttemptFailed
     kv_changes: KvChanges
-    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., kv_changes: _Optional[_Union[KvChanges, _Mapping]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[SessionEvent]
+    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., kv_changes: _Optional[_Union[KvChanges, _Mapping]] = ..., more: _Optional[_Iterable[_Union[SessionEvent, _Mapping]]] = ...) -> None: ...

@@ -82,11 +82,25 @@ async def test_a_renewal_is_answered_and_unknown_words_are_ignored(served):
     async with asyncio.timeout(10):
         for _ in range(3):
             answer = await call.read()
-            assert answer.WhichOneof("record") == "blocks"
+            assert answer.HasField("blocks")
             assert not answer.blocks.blocks
     call.cancel()
     await until(lambda: not source.exports._followers)
     assert len(source.exports) == 1, "a follower that hangs up may come again"
+
+
+async def test_the_last_blocks_and_the_closing_come_in_one_message(served):
+    source, stub = served
+    source.open(KEY)
+    call = stub.Follow(follow(opening()))
+    async with asyncio.timeout(10):
+        assert not (await call.read()).blocks.blocks
+        source.announce(KEY, TOKENS, 0, 2)
+        source.close(KEY, TOKENS)
+        last = await call.read()
+    call.cancel()
+    assert len(last.blocks.blocks) >= 2
+    assert last.closing.num_tokens == len(TOKENS)
 
 
 async def test_done_ends_stream_and_export(served):

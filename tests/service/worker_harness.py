@@ -18,7 +18,7 @@ from core.config import load
 from core.hostspec import HostSpec
 from core.inventory import Inventory
 from core.request import AttemptKey, WorkerRole, WorkItem
-from core.wire import item_to_pb, key_to_pb
+from core.wire import each_event, item_to_pb, key_to_pb
 from tandem.sampling import SamplingParams
 from tandem.v1 import common_pb2 as pb
 from tandem.v1 import decode_pb2_grpc, prefill_pb2_grpc
@@ -162,14 +162,18 @@ class Link:
 
     async def _read(self) -> None:
         while (message := await self._call.read()) is not grpc.aio.EOF:
-            kind = message.WhichOneof("event")
-            if kind == "tokens":
-                self.steps += 1
-                for token in message.tokens.tokens:
-                    self.events[_key(token.key)].put_nowait(token)
-            else:
-                body = getattr(message, kind)
-                self.events[_key(body.key)].put_nowait(body)
+            for event in each_event(message):
+                self._sort(event)
+
+    def _sort(self, event: pb.SessionEvent) -> None:
+        kind = event.WhichOneof("event")
+        if kind == "tokens":
+            self.steps += 1
+            for token in event.tokens.tokens:
+                self.events[_key(token.key)].put_nowait(token)
+        else:
+            body = getattr(event, kind)
+            self.events[_key(body.key)].put_nowait(body)
 
 
 def _key(message: pb.AttemptKey) -> AttemptKey:

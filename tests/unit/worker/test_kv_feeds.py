@@ -36,10 +36,10 @@ async def heard(outbox: Outbox, check: Callable[[list[KvChanges]], bool]) -> lis
     changes: list[KvChanges] = []
     async with asyncio.timeout(DEADLINE_S):
         while not check(changes):
-            event = await outbox.head()
-            assert isinstance(event, KvChanges)
-            changes.append(event)
-            outbox.advance()
+            events = await outbox.head()
+            assert all(isinstance(event, KvChanges) for event in events)
+            changes += events
+            outbox.advance(len(events))
     return changes
 
 

@@ -1,6 +1,7 @@
 """The Session RPC over real gRPC on loopback, with a handler that writes down what it is asked."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 
 import grpc
@@ -8,14 +9,16 @@ import pytest
 
 from core.clock import SystemClock
 from core.errors import InvalidRequestError
-from core.request import AttemptKey, TokenEvent, WorkItem
+from core.request import AttemptKey, AttemptTiming, TokenEvent, WorkItem
 from core.service import Registration, serve
-from core.wire import item_to_pb, key_to_pb
+from core.wire import each_event, item_to_pb, key_to_pb
 from tandem.sampling import SamplingParams
 from tandem.v1 import common_pb2 as pb
 from tandem.v1 import decode_pb2_grpc
 from worker.attempts import Peer
 from worker.links import RouterLinks
+from worker.messages import Joined
+from worker.outbox import EVENTS_PER_MESSAGE
 from worker.session import SessionServicer
 
 EPOCH = 3
@@ -76,6 +79,7 @@ class Wire:
     def __init__(self, address: str) -> None:
         self.channel = grpc.aio.insecure_channel(address)
         self.call = decode_pb2_grpc.DecodeStub(self.channel).Session()
+        self._told: deque[pb.SessionEvent] = deque()
 
     async def __aenter__(self):
         return self
@@ -89,10 +93,12 @@ class Wire:
             await self.call.write(command)
 
     async def event(self) -> pb.SessionEvent:
-        async with asyncio.timeout(5):
-            answer = await self.call.read()
-        assert answer is not grpc.aio.EOF, "the session ended"
-        return answer
+        if not self._told:
+            async with asyncio.timeout(5):
+                answer = await self.call.read()
+            assert answer is not grpc.aio.EOF, "the session ended"
+            self._told.extend(each_event(answer))
+        return self._told.popleft()
 
     async def greeted(self) -> pb.SessionEvent:
         await self.send(hello())
@@ -158,6 +164,24 @@ async def test_commands_reach_the_handler_and_tokens_the_router(address, links, 
         links.send_tokens([TokenEvent(AttemptKey("a", 1), 0, 5, logprob=-0.5), TokenEvent(AttemptKey("b", 1), 0, 6)])
         tokens = (await wire.event()).tokens.tokens
         assert [(t.key.request_id, t.position, t.token_id) for t in tokens] == [("a", 0, 5), ("b", 0, 6)]
+
+
+async def test_what_waits_together_is_one_message(address, links, handler):
+    async with Wire(address) as wire:
+        await wire.greeted()
+        await wire.send(generate(item("a")))
+        await handler.until(lambda: handler.opened)
+        key = AttemptKey("a", 1)
+        for position in range(EVENTS_PER_MESSAGE + 2):
+            links.send_tokens([TokenEvent(key, position, 5)])
+        links.send(Joined(key, AttemptTiming()))
+        async with asyncio.timeout(5):
+            first, second = await wire.call.read(), await wire.call.read()
+        told = [event.WhichOneof("event") for event in each_event(first)]
+        assert told == ["tokens"] * EVENTS_PER_MESSAGE
+        assert [event.WhichOneof("event") for event in each_event(second)] == ["tokens", "tokens", "joined"]
+        positions = [event.tokens.tokens[0].position for message in (first, second) for event in each_event(message)][:-1]
+        assert positions == list(range(EVENTS_PER_MESSAGE + 2))
 
 
 async def test_a_refused_item_fails_its_attempt_and_nothing_else(address, links, handler):
