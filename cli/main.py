@@ -11,12 +11,15 @@ from cli.generate import generate
 from cli.kv import kv
 from cli.profile import profile
 from cli.role import role
+from cli.sim import sim
 from cli.status import status
+from cli.trace import trace
 from cli.up import up
 
-for verb in (up, down, status, generate, explain, bench, profile, drain, role):
+for verb in (up, down, status, generate, explain, bench, profile, drain, role, sim):
     app.command()(verb)
 app.add_typer(kv, name="kv")
+app.add_typer(trace, name="trace")
 
 if __name__ == "__main__":
     app(prog_name="tandem")

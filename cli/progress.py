@@ -45,6 +45,11 @@ class Bar:
         if self._task is not None:
             self._progress.update(self._task.id, completed=self._task.elapsed, detail=detail)
 
+    def reach(self, done: float, detail: str) -> None:
+        """As far as `done` of the total, with `detail` for a column of that name."""
+        if self._task is not None:
+            self._progress.update(self._task.id, completed=done, detail=detail)
+
 
 class StartProgress:
     """A bar per worker on standard error until `stop`. Without a terminal it only passes log lines on."""

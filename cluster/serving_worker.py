@@ -12,17 +12,13 @@ from collections.abc import Callable, Iterable
 
 from prometheus_client.core import Metric
 
-from core.config import Config
+from cluster.roles import engine_role
 from core.hostspec import HostSpec
-from core.request import AttemptKey, WorkerRole
+from core.request import AttemptKey
 from core.service import Registration
 from decode_worker.parts import DecodeParts
-from decode_worker.role import DecodeRole
 from engine.output import StepOutput
-from engine.role import Role
 from prefill_worker.parts import PrefillParts
-from prefill_worker.role import PrefillRole
-from worker.colocated import ColocatedRole
 from worker.kv_plane import KvPlane
 from worker.messages import OpenHandoff, Opening, StartPrefill
 from worker.session import Handler, SessionServicer
@@ -96,18 +92,6 @@ class ServingParts:
     async def close(self) -> None:
         await self._decode.close()
         await self._kv.close()
-
-
-def engine_role(config: Config, role: WorkerRole) -> Role:
-    match role:
-        case WorkerRole.PREFILL:
-            return PrefillRole(config.transfer.lease_s)
-        case WorkerRole.DECODE:
-            return DecodeRole()
-        case WorkerRole.COLOCATED:
-            return ColocatedRole()
-        case _:
-            raise AssertionError(f"{role.value} is no role of the pools")
 
 
 KIND = WorkerKind(engine_role, ServingParts)

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from core.errors import ConfigError
+from core.sim_config import SimConfig
 
 DEMO_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "demo")
 
@@ -245,6 +246,7 @@ class Config(_Branch):
     store: StoreConfig = StoreConfig()
     router: RouterConfig = RouterConfig()
     cluster: ClusterConfig = ClusterConfig()
+    sim: SimConfig = SimConfig()
     redis: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

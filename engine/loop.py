@@ -59,6 +59,8 @@ class StepLoop:
     inside stays on the terms on which it entered. `clock` tells the time at the end of a step; without it a step takes none.
     """
 
+    sequence: type[Sequence] = Sequence
+
     def __init__(
         self,
         config: EngineConfig,
@@ -111,7 +113,7 @@ class StepLoop:
                 f"{len(self._scheduler.waiting)} requests wait here already; retry later, or raise engine.max_waiting",
                 retry_after_s=1.0,
             )
-        sequence = Sequence(self._arrivals, item, terms, root or self._root_key(item.cache_salt), now)
+        sequence = self.sequence(self._arrivals, item, terms, root or self._root_key(item.cache_salt), now)
         sequence.shared = root is None
         if blocks is None:
             self._scheduler.waiting.append(sequence)

@@ -50,7 +50,7 @@ class Dispatcher:
         self._clock = clock
         self._live: dict[str, Live] = {}
         self._orphans: dict[str, list[ev.SendCancel]] = {}
-        self._timers = timers or LoopTimers()
+        self._timers = LoopTimers() if timers is None else timers
         self._alarms = Alarms(clock, self._timers, self._ring)
         self._probing: str | None = None
         self._pump_due = False

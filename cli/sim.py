@@ -1,0 +1,110 @@
+"""`tandem sim`: what a cluster would do with a workload, on virtual time."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cli.progress import Bar
+    from sim.world import World
+
+
+def sim(
+    config: Annotated[str, typer.Option(metavar="FILE", help="As for `tandem up`, with a `sim:` part.")],
+    trace: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The arrivals; default: sim.rate_rps for sim.duration_s.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(metavar="NAME", help="Of placement; default: router.policy.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
+    rate_scale: Annotated[float, typer.Option(help="2 halves every gap between arrivals.")] = 1.0,
+    as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write it here; - prints it.")] = None,
+) -> None:
+    """Run routers, schedulers and the controller against a cost model instead of machines."""
+    from cli.progress import Bar
+    from core.config import load
+    from sim.run import simulate
+    from sim.traces import read_trace
+
+    loaded = load(config)
+    arrivals = read_trace(trace) if trace is not None else None
+    with Bar(sys.stderr.isatty(), *_columns()) as bar:
+        bar.begin("simulating", 1.0)
+        result = simulate(loaded, arrivals, policy, seed, rate_scale=rate_scale, on_look=_watch(bar, loaded.sim.duration_s))
+    _write(result.report, result.errors, as_json)
+
+
+def _columns() -> tuple[Any, ...]:
+    from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn()
+
+
+def _watch(bar: Bar, duration_s: float | None) -> Callable[[World], None]:
+    """How far it is: in time where its end is known."""
+
+    def look(world: World) -> None:
+        detail = f"{world.events.now():.0f} s, {world.arrived} arrived, {len(world.users.live)} under way"
+        bar.reach(world.events.now() / duration_s if duration_s else 0.0, detail)
+
+    return look
+
+
+def _write(report: dict[str, Any], errors: dict[str, int], path: str | None) -> None:
+    import json
+    from pathlib import Path
+
+    from core.errors import ConfigError
+
+    text = json.dumps(report, indent=2) + "\n"
+    if path == "-":
+        typer.echo(text, nl=False)
+        return
+    if path:
+        try:
+            Path(path).write_text(text)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+    _show(report, errors)
+
+
+def _show(report: dict[str, Any], errors: dict[str, int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{report['completed']} of {report['requests']} requests in {report['duration_s']:.1f} s of virtual time",
+        title_justify="left",
+    )
+    table.add_column("milliseconds")
+    columns = ("p50", "p90", "p99", "mean")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for key, label in _LABELS.items():
+        spread = report[key]
+        table.add_row(label, *("" if spread[name] is None else f"{spread[name] * 1e3:.1f}" for name in columns))
+    console = Console()
+    console.print(table)
+    met = report["attainment"]
+    console.print(
+        f"goodput {report['goodput_rps']:.2f} requests/s, {report['goodput_rps_per_gpu']:.4f} per GPU (of {report['gpus']})"
+        f" · {met['joint']:.1%} met their limits (TTFT {met['ttft']:.1%}, TBT {met['tbt']:.1%}; by mean TPOT"
+        f" {met['joint_mean']:.1%})\n{report['events']} events in {report['wall_s']:.1f} s · prefixes found"
+        f" {report['prefix_hit_ratio']:.1%} · policy {report['policy']}, seed {report['seed']}",
+        highlight=False,
+    )
+    for code, count in errors.items():
+        console.print(f"[red]{count} ×[/] {code}", highlight=False)
+
+
+_LABELS = {
+    "ttft_s": "time to first token",
+    "itl_s": "gap between tokens",
+    "tpot_s": "mean gap of a request",
+    "tbt_s": "slowest tenth of gaps",
+    "e2e_s": "whole request",
+}

@@ -1,0 +1,225 @@
+"""The controller on virtual time: the shipped membership and reconciler, a launcher that takes its time, snapshots."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from types import MappingProxyType
+
+from cluster.membership import Membership
+from cluster.reconcile import Forget, GiveUp, Launch, Reconciler, RestartPolicy, Stop
+from core.config import ClusterConfig, Config, EngineConfig
+from core.errors import StaleEpochError
+from core.report import WorkerReport, WorkerState
+from core.request import WorkerRole
+from core.sim_config import PoolConfig
+from router.view import ClusterView, WorkerView
+from router.watch import worker_view
+from sim.replica import Replica, replica_of
+from sim.router import SimRouter
+from sim.site import Site
+from sim.worker import SimWorker
+
+CONTROLLER = "controller"
+LOOK_S = 0.5
+"""How often workers look whether their reports changed (`core.reporter`); here they look together."""
+SNAPSHOT_GAP_S = 0.02
+"""Between two snapshots, at least (`cluster.service`)."""
+
+
+class Pools:
+    """Which pool the worker of a slot belongs to: slots of a role are dealt to its pools in order."""
+
+    def __init__(self, config: Config) -> None:
+        self._of: dict[WorkerRole, list[tuple[PoolConfig, Replica]]] = {}
+        self.desired: dict[WorkerRole, int] = {}
+        for pool in pools_of(config):
+            role = WorkerRole(pool.role)
+            if pool.count:
+                self._of.setdefault(role, []).extend([(pool, replica_of(config, pool))] * pool.count)
+                self.desired[role] = self.desired.get(role, 0) + pool.count
+
+    def of(self, name: str, role: WorkerRole) -> tuple[PoolConfig, Replica]:
+        """A worker that plays another role, or is one more than were planned, is like the last of those."""
+        known = self._of.get(WorkerRole(name.rpartition("-")[0])) or self._of[role]
+        return known[min(int(name.rpartition("-")[2]), len(known) - 1)]
+
+    def all(self) -> list[tuple[PoolConfig, Replica]]:
+        return [each for role in self._of.values() for each in role]
+
+
+def pools_of(config: Config) -> tuple[PoolConfig, ...]:
+    """Those of `sim.pools`, else what `cluster` says."""
+    if config.sim.pools:
+        return config.sim.pools
+    counts = {"prefill": config.cluster.prefill, "decode": config.cluster.decode, "colocated": config.cluster.colocated}
+    return tuple(PoolConfig.model_validate({"role": role, "count": count}) for role, count in counts.items() if count)
+
+
+class SimController:
+    def __init__(self, site: Site, pools: Pools, lost: random.Random) -> None:
+        config: ClusterConfig = site.config.cluster
+        self.reports_lost = 0.0
+        """Part of all reports that never arrives."""
+        self.replaces = True
+        self.on_death: Callable[[SimWorker], None] = lambda worker: None
+        self._site = site
+        self._pools = pools
+        self._draw = lost
+        early = min(3 * config.heartbeat_s, config.dead_after_s / 2)
+        self._membership = Membership(min(max(early, 1.5 * config.heartbeat_s), config.dead_after_s), config.dead_after_s)
+        self._reconciler = Reconciler(pools.desired, RestartPolicy(config.start_timeout_s, config.grace_s))
+        self._routers: list[SimRouter] = []
+        self._said: dict[str, tuple[WorkerReport, float]] = {}
+        self._sequence: dict[str, int] = {}
+        self._views: dict[str, tuple[WorkerReport, WorkerView]] = {}
+        self._announced = -1
+        self._told_at = -1.0
+        self._telling = False
+
+    def start(self, routers: list[SimRouter]) -> None:
+        """Everybody is there and known when time begins."""
+        self._routers = routers
+        self._control(start_s=0.0)
+        self._site.events.later(0.0, self._look)
+        self._site.events.later(1.0, self._tick)
+
+    # ---- workers ---------------------------------------------------------------------------------------------------
+
+    def _launch(self, command: Launch, start_s: float) -> None:
+        now = self._site.events.now()
+        self._membership.expect(command.worker_id, command.role, command.epoch, command.worker_id, now)
+        self._site.events.later(start_s, lambda: self._started(command))
+
+    def _started(self, command: Launch) -> None:
+        name, site = command.worker_id, self._site
+        slot = self._reconciler.slots.get(name)
+        if slot is None or slot.epoch != command.epoch:
+            return
+        pool, replica = self._pools.of(name, command.role)
+        worker = SimWorker(name, command.role, command.epoch, site, replica, _engine(site.config.engine, pool))
+        site.workers[name] = worker
+        self._sequence[name] = 0
+        self._report(worker)
+
+    def died(self, worker: SimWorker, reason: str) -> None:
+        """The process is gone; the launcher that watches it says so."""
+        now = self._site.events.now()
+        self._membership.mark_dead(worker.name, worker.epoch, reason)
+        self._reconciler.ended(worker.name, worker.epoch, reason, not self.replaces, now)
+        self._control()
+
+    def drain(self, worker: SimWorker, deadline: float) -> None:
+        """It gets no new work, and a successor starts."""
+        if self._reconciler.drain(worker.name, deadline):
+            self._membership.mark_draining(worker.name)
+            worker.state = WorkerState.DRAINING
+            self._control()
+
+    def _look(self) -> None:
+        """Reports of all workers that have something new to say, or have been silent for a heartbeat."""
+        now, heartbeat_s = self._site.events.now(), self._site.config.cluster.heartbeat_s
+        for worker in list(self._site.workers.values()):
+            if not worker.alive:
+                continue
+            said = self._said.get(worker.name)
+            due = said is None or now - said[1] >= heartbeat_s - 1e-9
+            if due or worker.changed:
+                self._report(worker)
+        self._site.events.later(LOOK_S, self._look)
+
+    def _report(self, worker: SimWorker) -> None:
+        site, name = self._site, worker.name
+        worker.changed = False
+        report = worker.report()
+        self._said[name] = (report, site.events.now())
+        self._sequence[name] += 1
+        report = replace(report, sequence=self._sequence[name])
+        if self.reports_lost and self._draw.random() < self.reports_lost:
+            return
+        delay_s = site.config.sim.report_delay_s
+        if delay_s:
+            site.events.later(delay_s, lambda: site.post.send(name, CONTROLLER, self._reported, report))
+        else:
+            site.post.send(name, CONTROLLER, self._reported, report)
+
+    def _reported(self, report: WorkerReport) -> None:
+        now = self._site.events.now()
+        try:
+            changed = self._membership.report(report, now)
+        except StaleEpochError:
+            worker = self._site.find(report.worker_id, report.epoch)
+            if worker is not None:  # it was given up: it must end
+                self._end(worker)
+            return
+        if changed and report.state is WorkerState.READY:
+            self._reconciler.ready(report.worker_id, report.epoch, now)
+        if report.state is WorkerState.DRAINING and report.idle:
+            self._reconciler.drained(report.worker_id, report.epoch, now)
+            self._control()
+        self._announce()
+
+    def _end(self, worker: SimWorker) -> None:
+        self.on_death(worker)
+
+    # ---- the control loop ------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        now = self._site.events.now()
+        for name, epoch in self._membership.tick(now):
+            self._reconciler.silent(name, epoch, now)
+        self._control()
+        self._site.events.later(
+            min(self._site.config.cluster.heartbeat_s, self._site.config.cluster.dead_after_s / 5), self._tick
+        )
+
+    def _control(self, start_s: float | None = None) -> None:
+        site = self._site
+        for command in self._reconciler.plan(site.events.now()):
+            match command:
+                case Launch():
+                    if self.replaces or start_s is not None:
+                        self._launch(command, site.config.sim.start_s if start_s is None else start_s)
+                case Stop(name, epoch):
+                    worker = site.find(name, epoch)
+                    if worker is not None and site.post.together(name, CONTROLLER):
+                        self._end(worker)
+                    self._reconciler.ended(name, epoch, command.reason, False, site.events.now())
+                case Forget(name):
+                    self._membership.forget(name)
+                case GiveUp():
+                    pass  # a cluster whose workers are killed before it was ready tries on
+        self._announce()
+
+    # ---- routers ---------------------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        if self._membership.version != self._announced and not self._telling:
+            self._telling = True
+            now = self._site.events.now()
+            self._site.events.at(max(now, self._told_at + SNAPSHOT_GAP_S), self._tell)
+
+    def _tell(self) -> None:
+        now = self._site.events.now()
+        self._telling = False
+        self._announced, self._told_at = self._membership.version, now
+        view = self._view(now)
+        for router in self._routers:
+            self._site.post.send(CONTROLLER, router.name, router.follow, view)
+
+    def _view(self, now: float) -> ClusterView:
+        snapshot = self._membership.snapshot(now)
+        views: dict[str, WorkerView] = {}
+        for member in snapshot.members:
+            name = member.report.worker_id
+            known = self._views.get(name)
+            if known is None or known[0] is not member.report:
+                self._views[name] = known = (member.report, worker_view(member.report, member.age_s))
+            view = known[1]
+            views[name] = view if view.age_s == member.age_s else replace(view, age_s=member.age_s)
+        return ClusterView(snapshot.version, MappingProxyType(views))
+
+
+def _engine(config: EngineConfig, pool: PoolConfig) -> EngineConfig:
+    return config if pool.max_step_tokens is None else config.model_copy(update={"max_step_tokens": pool.max_step_tokens})

@@ -1,0 +1,224 @@
+"""The step loop over numbers of tokens instead of tokens, several steps at a time where nothing changes between them.
+
+What is decided is decided by the shipped `StepLoop` and its `Scheduler`: who enters, who computes how much, who gives way, who
+leaves. Here tokens are counted instead of kept, blocks are announced by number instead of by record, and as long as every
+sequence of a batch computes one token per step and none ends, the steps in between are taken in one go (`begin`, `finish`). A
+test holds this loop against `StepLoop` step by step.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import cast
+
+from core.blocks import BlockKey, BlockRecord, blocks_for
+from core.config import EngineConfig
+from core.cost_model import StepShape
+from core.inventory import Inventory
+from core.request import FinishReason, TokenEvent, WorkItem
+from engine.loop import StepLoop, _Changes
+from engine.output import Committed, StepOutput
+from engine.role import Role, Terms
+from engine.sequence import Sequence
+from engine.step import Executor, Sampled
+from sim.prompt import Prompt
+
+ANY_ID = 1
+"""Of every token that is only counted."""
+StepTime = Callable[[StepShape], float]
+
+
+class CountedSequence(Sequence):
+    """`tokens` is a range: as long as the tokens would be. `ends_at`: with so many the answer is complete."""
+
+    __slots__ = ("ends_at", "entered_len")
+
+    def __init__(self, seq_id: int, item: WorkItem, terms: Terms, root: BlockKey, now: float) -> None:
+        self.seq_id = seq_id
+        self.item = item
+        self.key = item.key
+        self.terms = terms
+        self.root = root
+        self.entered_len = len(item.token_ids)
+        self._count(self.entered_len)
+        self.prompt_len = item.prompt_len
+        self.max_len = item.max_len
+        self.ends_at = min(item.prompt_len + _prompt(item).content.output_tokens, item.max_len)
+        self.blocks = []
+        self.computed = 0
+        self.keys = []
+        self.committed_blocks = 0
+        self.cached_tokens = 0
+        self.arrived = now
+        self.deadline = now + item.remaining_s if item.remaining_s > 0 else float("inf")
+        self.first_scheduled = None
+        self.reported = False
+        self.shared = True
+
+    def keys_until(self, full_blocks: int, block_size: int) -> list[BlockKey]:
+        return _prompt(self.item).content.keys(full_blocks)
+
+    def append(self, token_id: int) -> FinishReason | None:
+        return self.grow(1)
+
+    def grow(self, count: int) -> FinishReason | None:
+        length = len(self.tokens) + count
+        self._count(length)
+        if length < self.ends_at:
+            return None
+        return FinishReason.LENGTH if length >= self.max_len else FinishReason.STOP
+
+    def _count(self, length: int) -> None:
+        self.tokens = cast(list[int], range(length))
+
+
+def _prompt(item: WorkItem) -> Prompt:
+    return cast(Prompt, item.token_ids)
+
+
+class CountedLoop(StepLoop):
+    """`begin` decides a step and says when it ends, `finish` books it. `horizon_s`: of steps taken in one go."""
+
+    sequence = CountedSequence
+
+    def __init__(
+        self, config: EngineConfig, role: Role, inventory: Inventory, executor: Executor, step_s: StepTime, horizon_s: float
+    ) -> None:
+        super().__init__(config, role, inventory, executor, lambda salt: salt)
+        self._step_s = step_s
+        self._horizon_s = horizon_s
+        self._work: list[tuple[CountedSequence, int]] = []
+        self._ends: list[float] = []  # of the steps under way
+        self._changes = _Changes()
+        self._end = 0.0
+
+    def begin(self, now: float) -> float:
+        """Decides the next step, or several alike, and says when the last one ends; now when nothing is computed."""
+        changes = self._changes = _Changes()
+        schedule = self._scheduler.schedule(self.role, now)
+        announced = self._settle(schedule, changes, now)
+        self._work = [] if announced else cast(list[tuple[CountedSequence, int]], schedule.work)
+        if not self._work:
+            self._ends = []
+            return now
+        changes.shape = StepShape.of((count, sequence.computed) for sequence, count in self._work)
+        first = now + self._step_s(changes.shape)
+        self._ends = [first]
+        if changes.shape.decode_rows == len(self._work) and not changes.given_back and not schedule.victims:
+            self._look_ahead(now, changes.shape)
+        return self._ends[-1]
+
+    def cut(self, now: float) -> float:
+        """Something changes: only the step of this moment is completed. Returns its end."""
+        if len(self._ends) > 1:
+            del self._ends[bisect_left(self._ends, now) + 1 :]
+        return self._ends[-1] if self._ends else now
+
+    def sync(self, now: float) -> None:
+        """The inventory is as it would be in the step of this moment."""
+        if len(self._ends) > 1:
+            self._hold(bisect_left(self._ends, now))
+
+    def done_by(self, now: float) -> StepOutput:
+        """The worker dies: what it had computed by now of several steps. It is of no use afterwards."""
+        done = bisect_left(self._ends, now)
+        if done < 1 or len(self._ends) < 2:
+            return StepOutput()
+        del self._ends[done:]
+        return self.finish()
+
+    def finish(self) -> StepOutput:
+        """Books the steps that `begin` decided, as far as they were not cut."""
+        changes, ends = self._changes, self._ends
+        if len(ends) > 1:
+            self._book_many(changes, ends)
+        elif ends:
+            self._end = ends[0]
+            self._book(changes)
+        self._ends, self._work = [], []
+        left, self._left = self._left, []
+        return StepOutput(
+            tuple(changes.tokens),
+            tuple(changes.committed),
+            tuple(changes.prefilled),
+            tuple(changes.joined),
+            tuple(left),
+            tuple(changes.given_back),
+            tuple(changes.failed),
+            changes.num_tokens,
+            changes.shape,
+        )
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def _book(self, changes: _Changes) -> None:
+        """As `StepLoop._advance`; who was cancelled meanwhile is gone."""
+        end, size = self._end, self._block_size
+        for sequence, count in self._work:
+            changes.num_tokens += count
+            sequence.computed += count
+            first = sequence.committed_blocks
+            if sequence.computed // size > first:
+                self._commit_full(sequence)
+                if sequence.terms.hand_over:
+                    self._announce(sequence, first, changes, end)
+            if sequence.computed == len(sequence.tokens):
+                position = sequence.computed - sequence.prompt_len
+                self._take(sequence, Sampled(sequence.seq_id, ANY_ID, end, ()), position, changes, end)
+
+    def _announce(self, sequence: Sequence, first: int, changes: _Changes, now: float) -> None:
+        blocks = sequence.blocks[first : sequence.committed_blocks]
+        self._inventory.lease(sequence.key, blocks, now + sequence.terms.lease_s)
+        changes.committed.append(Committed(sequence.key, cast(tuple[BlockRecord, ...], range(first, first + len(blocks)))))
+
+    # ---- many steps ------------------------------------------------------------------------------------------------
+
+    def _look_ahead(self, now: float, shape: StepShape) -> None:
+        """How many steps like the first one follow: until somebody ends, or memory might run short, or the horizon.
+
+        Who has only begun to decode takes a step alone, so that its router learns in time how long its first gap was.
+        """
+        rows, most = len(self._work), 1 << 30
+        for sequence, _ in self._work:
+            length = len(sequence.tokens)
+            most = min(most, sequence.ends_at - length)
+            if length < sequence.entered_len + 2:
+                return
+        room, size = self._scheduler._available(), self._block_size
+        while most > 1 and rows * (-(-most // size)) > room:
+            most //= 2
+        ends, context, step_s, horizon = self._ends, shape.decode_context, self._step_s, now + self._horizon_s
+        at = ends[0]
+        for n in range(1, most):
+            at += step_s(StepShape(0, 0, rows, context + n * rows))
+            if at > horizon:
+                return
+            ends.append(at)
+
+    def _hold(self, steps: int) -> None:
+        """Takes the blocks that all rows need in the step after so many."""
+        size, allocate = self._block_size, self._inventory.allocate
+        for sequence, _ in self._work:
+            missing = blocks_for(len(sequence.tokens) + steps, size) - len(sequence.blocks)
+            if missing > 0:
+                sequence.blocks += allocate(missing)
+
+    def _book_many(self, changes: _Changes, ends: list[float]) -> None:
+        count, size = len(ends), self._block_size
+        self._hold(count - 1)
+        rows, shape = len(self._work), changes.shape
+        changes.num_tokens += count * rows
+        changes.shape = StepShape(0, 0, rows * count, count * shape.decode_context + rows * (count * (count - 1) // 2))
+        for sequence, _ in self._work:
+            key, first = sequence.key, len(sequence.tokens) - sequence.prompt_len
+            sequence.computed += count
+            reason = sequence.grow(count)
+            made = [TokenEvent(key, position, ANY_ID, end) for position, end in enumerate(ends, first)]
+            if reason is not None:
+                made[-1] = made[-1]._replace(finish_reason=reason)
+            changes.tokens += made
+            if sequence.computed // size > sequence.committed_blocks:
+                self._commit_full(sequence)
+            if reason is not None:
+                self._drop(sequence)

@@ -1,0 +1,104 @@
+"""Runs a simulation from its beginning to its end."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from core.config import Config
+from core.errors import ConfigError, InternalError
+from sim.workload import Arrival
+from sim.world import WARM_S, World
+
+EVENTS_A_LOOK = 2000
+HOUR_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class SimResult:
+    """`report` has the shape of `tandem bench`'s, and what a simulation alone knows."""
+
+    report: dict[str, Any]
+    errors: dict[str, int]
+    """How many requests ended with which error code."""
+    wall_s: float
+
+    @property
+    def attainment(self) -> float:
+        """Of the limits of TTFT and TBT together."""
+        return float(self.report["attainment"]["joint"])
+
+    @property
+    def goodput_rps(self) -> float:
+        return float(self.report["goodput_rps"])
+
+
+def simulate(
+    config: Config,
+    arrivals: Iterable[Arrival] | None = None,
+    policy: str | None = None,
+    seed: int = 0,
+    *,
+    rate_scale: float = 1.0,
+    prepare: Callable[[World], None] = lambda world: None,
+    on_look: Callable[[World], None] = lambda world: None,
+) -> SimResult:
+    """`arrivals` None: a Poisson process of `sim.rate_rps`. `policy` None: `router.policy`.
+
+    The same configuration, arrivals, policy and seed give the same report but for `wall_s`. `prepare` is called before time
+    begins, `on_look` every few thousand events. Raises ConfigError for what cannot be run.
+    """
+    if rate_scale <= 0:
+        raise ConfigError(f"the rate scale must be above 0, got {rate_scale:g}")
+    started = time.perf_counter()
+    due = poisson(config, seed) if arrivals is None else iter(arrivals)
+    name = policy or config.router.policy
+    world = World(config, _faster(due, rate_scale) if rate_scale != 1 else due, name, seed)
+    prepare(world)
+    world.start()
+    end = WARM_S
+    while not world.drained:
+        if not world.events.run(most=EVENTS_A_LOOK):
+            raise InternalError(f"nothing is left to happen and {len(world.users.live)} requests have not ended")
+        on_look(world)
+        end = world.events.now()
+    del end
+    wall_s = time.perf_counter() - started
+    return SimResult(_report(world, name, seed, wall_s), dict(sorted(world.users.errors.items())), wall_s)
+
+
+def poisson(config: Config, seed: int) -> Iterator[Arrival]:
+    """Arrivals of `sim.rate_rps` for `sim.duration_s`."""
+    sim = config.sim
+    if sim.rate_rps <= 0 or sim.duration_s is None:
+        raise ConfigError("give a trace (--trace FILE), or sim.rate_rps and sim.duration_s")
+    draw, at = random.Random(f"arrivals {seed}"), 0.0
+    while (at := at + draw.expovariate(sim.rate_rps)) <= sim.duration_s:
+        yield Arrival(at, sim.input_tokens, sim.output_tokens)
+
+
+def _faster(arrivals: Iterator[Arrival], factor: float) -> Iterator[Arrival]:
+    """Every gap shortened alike, so that bursts keep their structure."""
+    return (replace(arrival, arrival_s=arrival.arrival_s / factor) for arrival in arrivals)
+
+
+def _report(world: World, policy: str, seed: int, wall_s: float) -> dict[str, Any]:
+    users = world.users
+    duration_s = max(users.last_end - WARM_S, world.last_arrival_s)
+    report = users.tally.report(duration_s)
+    gpus = sum(replica.gpus for _, replica in world.pools.all())
+    per_hour = sum(replica.usd_per_hour for _, replica in world.pools.all())
+    return report | {
+        "gpus": gpus,
+        "goodput_rps_per_gpu": report["goodput_rps"] / gpus,
+        "cost_usd": per_hour * duration_s / HOUR_S,
+        "prefix_hit_ratio": users.cached_tokens / users.prompt_tokens if users.prompt_tokens else 0.0,
+        "failovers": users.failovers,
+        "events": world.events.count,
+        "wall_s": wall_s,
+        "policy": policy,
+        "seed": seed,
+    }

@@ -1,0 +1,278 @@
+"""A worker of the pools: what `worker`, `prefill_worker` and `decode_worker` do around the engine, on virtual time.
+
+Scheduling, roles, inventory, fences (`worker.attempts`), the export's states (`kvtransfer.handoff`) are the shipped objects;
+the driver is this file, `sim.ingest` and `sim.exports`, where threads, sockets and tasks are in the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from cluster.roles import engine_role
+from core.blocks import BlockKey, BlockRecord, KvSource, KvTicket, root_key
+from core.config import EngineConfig
+from core.cost_model import Fit
+from core.errors import TandemError
+from core.inventory import Inventory
+from core.report import ModelFacts, WorkerReport, WorkerState
+from core.request import AttemptKey, WorkerRole, WorkItem
+from engine.output import Committed, EngineLoad, StepOutput
+from engine.role import Terms
+from router import events as ev
+from sim.counted import CountedLoop
+from sim.events import Event
+from sim.executor import IDLE, CostExecutor, ExactLoop
+from sim.exports import SimExports
+from sim.feeds import SimFeeds
+from sim.ingest import SimIngests
+from sim.replica import Replica
+from sim.site import Site
+from sim.talk import Talk
+from worker.attempts import AttemptTable, Peer, Refused
+
+if TYPE_CHECKING:
+    from sim.router import SimRouter
+
+HORIZON_S = 1.0
+"""Of steps that are taken in one go: their tokens reach the router together, each with its own time."""
+TICK_S = 1.0
+"""How often leases are looked at while there are any."""
+STAYS = Terms(hand_over=False)
+CONTEXT_MAX = 1 << 24
+
+
+class SimWorker:
+    def __init__(self, name: str, role: WorkerRole, epoch: int, site: Site, replica: Replica, engine: EngineConfig) -> None:
+        self.name, self.role, self.epoch = name, role, epoch
+        self.site, self.replica, self.config = site, replica, engine
+        self.alive = True
+        self.state = WorkerState.READY
+        self.inventory = Inventory(replica.num_blocks, policy=engine.eviction, tenant_share=engine.tenant_share, clock=None)
+        self.table = AttemptTable()
+        self.talk = Talk(self)
+        self.source = KvSource(name, epoch, name)
+        self._root = root_key(replica.layout.fingerprint)
+        self.engine = self._make_engine()
+        self.load: EngineLoad = IDLE
+        self.exports = SimExports(self)
+        self.ingests = SimIngests(self)
+        self._inbox: list[Callable[[float], object]] = []
+        self._step: Event | None = None
+        self._ticking = False
+        self._began = 0.0
+        self.changed = True
+        """Something may have changed that a report would say."""
+        self.feeds = SimFeeds(self)
+        self.on_blocks = self.feeds.poke
+
+    def _make_engine(self) -> CountedLoop | ExactLoop:
+        site, replica, config = self.site, self.replica, self.config
+        role = engine_role(site.config, self.role)
+        executor = CostExecutor(replica.layout, replica.num_blocks, replica.step_s, site.contents)
+        if site.config.sim.engine == "exact":
+            return ExactLoop(config, role, self.inventory, executor, self.root)
+        return CountedLoop(config, role, self.inventory, executor, replica.step_s, HORIZON_S)
+
+    def root(self, salt: bytes) -> BlockKey:
+        return root_key(self.replica.layout.fingerprint, salt) if salt else self._root
+
+    # ---- what routers say ------------------------------------------------------------------------------------------
+
+    def command(self, router: SimRouter, command: ev.Send) -> None:
+        if not self.alive:
+            return
+        peer = self.talk.peer(router)
+        match command:
+            case ev.SendCancel(_, key):
+                running = self.table.cancel(key, self.site.events.now())
+                if running is not None:
+                    self.stop(running)
+            case ev.SendOpenHandoff(_, key, ticket):
+                if self.table.owner(key) != peer or not self.ingests.pull(key, ticket):
+                    self.talk.refuse(router, key, "nothing is reserved for this attempt")
+            case ev.SendReserve(_, item) | ev.SendStartPrefill(_, item) | ev.SendGenerateLocal(_, item):
+                self._open(router, peer, command, item)
+
+    def _open(self, router: SimRouter, peer: Peer, command: ev.Send, item: WorkItem) -> None:
+        now = self.site.events.now()
+        draining = self.state is not WorkerState.READY
+        answer = Refused("this worker is draining") if draining else self.table.admit(item.key, peer, now)
+        if isinstance(answer, Refused):
+            if isinstance(command, ev.SendReserve):
+                event = ev.Reserved(self.name, item.key.attempt, False, answer.reason)
+                self.talk.say(router, item.key, event)
+            else:
+                self.talk.refuse(router, item.key, answer.reason)
+            return
+        if answer.superseded is not None:
+            self.stop(answer.superseded)
+        if isinstance(command, ev.SendReserve):
+            self.ingests.reserve(item)
+        elif isinstance(command, ev.SendStartPrefill):
+            self.exports.open(item)
+        else:
+            self.call(lambda at: self.submit(item, at, STAYS))
+        self._tick_later()
+
+    # ---- the engine ------------------------------------------------------------------------------------------------
+
+    def call(self, run: Callable[[float], object]) -> None:
+        """Between two steps; now when none is under way."""
+        self._inbox.append(run)
+        if self._step is None:
+            self._turn()
+        else:
+            self._cut()
+
+    def submit(self, item: WorkItem, now: float, terms: Terms, blocks: list[int] | None = None, computed: int = 0) -> bool:
+        """False when the engine did not take it; whoever asked has been told and the blocks are released."""
+        try:
+            self.engine.submit(item, now, blocks, computed, None, terms)
+        except TandemError as error:
+            if blocks is not None:
+                self.inventory.release(blocks)
+            self.talk.fail(item.key, error)
+            return False
+        return True
+
+    def stop(self, key: AttemptKey) -> None:
+        """Frees what an attempt holds. Idempotent."""
+        self.ingests.drop(key)
+        self.exports.revoke(key, "the attempt was cancelled")
+        self.call(lambda _: self.engine.cancel(key))
+
+    def poke(self) -> None:
+        """Memory came free: who waits for it is looked at."""
+        if self._step is None:
+            self._turn()
+        elif self.load.waiting:
+            self._cut()
+
+    def sync(self) -> None:
+        """Before the inventory is used from outside the engine."""
+        if self._step is not None:
+            self.engine.sync(self.site.events.now())
+            self._cut()
+
+    def _cut(self) -> None:
+        step = self._step
+        if step is not None:
+            end = self.engine.cut(self.site.events.now())
+            if end < step.when:
+                step.cancel()
+                self._step = self.site.events.at(end, self._stepped)
+
+    def _turn(self) -> None:
+        """Commands, then a step, until one takes time or there is nothing to do."""
+        events, engine = self.site.events, self.engine
+        while self._step is None and self.alive:
+            now = events.now()
+            inbox, self._inbox = self._inbox, []
+            for run in inbox:
+                run(now)
+            self.load = engine.load()
+            if not engine.has_work():
+                break
+            self._began = now
+            end = engine.begin(now)
+            if end > now:
+                self._step = events.at(end, self._stepped)
+            else:
+                self._on_output(engine.finish(), now)
+        self.changed = True
+
+    def _stepped(self) -> None:
+        self._step = None
+        output = self.engine.finish()
+        self.load = self.engine.load()
+        self._on_output(output, self.site.events.now())
+        self._turn()
+
+    def _on_output(self, output: StepOutput, now: float) -> None:
+        talk = self.talk
+        for key in output.joined:
+            self.ingests.joined(key, self._began)
+        if output.tokens:
+            talk.tokens(output.tokens)
+        for committed in output.committed:
+            self.exports.announce(committed.key, _upto(committed))
+        for prefilled in output.prefilled:
+            self.exports.close(prefilled)
+            talk.event(
+                prefilled.key, ev.PrefillDone(self.name, prefilled.key.attempt, prefilled.timing, prefilled.cached_tokens)
+            )
+        for key in talk.lose(output):
+            self.exports.revoke(key, "the prompt could not be computed")
+        for key in output.left:
+            if key not in self.exports:
+                self.ingests.forget(key)
+                self.table.end(key, now)
+        if output.committed or output.left:
+            self.on_blocks()
+
+    # ---- time ------------------------------------------------------------------------------------------------------
+
+    def _tick_later(self) -> None:
+        if not self._ticking:
+            self._ticking = True
+            self.site.events.later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._ticking = False
+        if not self.alive:
+            return
+        now = self.site.events.now()
+        for key in self.table.expire(now):
+            self.stop(key)
+        self.exports.expire(now)
+        self.ingests.expire(now)
+        if len(self.table):
+            self._tick_later()
+
+    def die(self) -> None:
+        """At once, with everything it holds. Tokens of steps that were complete were sent before."""
+        if self._step is not None:
+            output = self.engine.done_by(self.site.events.now())
+            if output.tokens:
+                self.talk.tokens(output.tokens)
+            self._step.cancel()
+            self._step = None
+        self.alive = False
+        self.state = WorkerState.DEAD
+        self.ingests.close()
+
+    # ---- what it says of itself ------------------------------------------------------------------------------------
+
+    def report(self) -> WorkerReport:
+        load, cost = self.load, self.replica.cost
+        return WorkerReport(
+            self.name,
+            self.role,
+            self.epoch,
+            state=self.state,
+            grpc_address=f"{self.name}@{self.epoch}",
+            blocks=self.inventory.counts(),
+            leases_open=self.inventory.leases_open(),
+            running=load.running,
+            waiting=load.waiting + len(self.ingests),
+            waiting_tokens=load.waiting_tokens,
+            context_tokens=load.context_tokens,
+            step_cost=Fit(cost, 1, 0.0, 0.0),
+            layout=self.replica.layout,
+            model=ModelFacts("sim", CONTEXT_MAX, 1 << 20, "sim"),
+        )
+
+    def ticket(self, key: AttemptKey) -> KvTicket:
+        return KvTicket(key, self.replica.layout, self.source, self.site.config.transfer.lease_s)
+
+    def check(self) -> None:
+        """Asserts that its tables agree."""
+        self.table.check()
+        self.inventory.check()
+
+
+def _upto(committed: Committed) -> int:
+    """Blocks that are announced by now, from the first on."""
+    last: object = committed.records[-1]
+    return 1 + (last.index if isinstance(last, BlockRecord) else cast(int, last))
