@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from core.cost_fit import fit_steps, heldout_errors
 from core.cost_model import CostModel, StepShape, pairs
 from core.errors import ConfigError
+from core.profile_table import Curve, Lookup, ProfileTable
 
 Sample = tuple[StepShape, float]
 Row = Mapping[str, str]
@@ -77,6 +78,27 @@ def read_gpu_profile(path: str, wanted: Mapping[str, str]) -> CostModel:
         heldout_median_error=heldout_median,
         heldout_p90_error=heldout_p90,
     )
+
+
+def read_profile_table(path: str, wanted: Mapping[str, str], lookup: Lookup = Lookup.ROWS) -> ProfileTable:
+    """Splitwise's `perf_model.csv` as its own simulator reads it: the points themselves, not a line fitted to them.
+
+    Raises ConfigError as `read_gpu_profile` does, and for every other file.
+    """
+    rows = list(csv.DictReader(io.StringIO(_read(path))))
+    if not rows or not {"prompt_size", "token_time"} <= set(rows[0]):
+        raise ConfigError(f"{path} has no points to interpolate between; give Splitwise's perf_model.csv")
+    chosen, kept = _choose(path, rows, ("model", "hardware", "tensor_parallel"), wanted)
+    try:
+        tokens = [int(row["prompt_size"]) * int(row["batch_size"]) for row in kept]
+        prompt, token = (
+            Curve.of((x, float(row[column]) * _MS) for x, row in zip(tokens, kept, strict=True))
+            for column in ("prompt_time", "token_time")
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be used as a GPU profile: {type(error).__name__} {error}") from None
+    kv = _MODELS.get(chosen["model"])
+    return ProfileTable(prompt, token, kv.token_bytes if kv else 0, lookup)
 
 
 def _read(path: str) -> str:
