@@ -8,15 +8,13 @@ reduced to the quantiles below, of input and output apart, so that who asks much
 from __future__ import annotations
 
 import random
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
-from cli.arrivals import Arrivals, arrivals
 from cli.load import Job
-from core.trace import read_trace
+from sim.workload_lengths import Apart, Pairs, Quantiles
+from sim.workload_shapes import Arrivals, arrivals
 
 PERCENTS = (0, 1, 2, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80, 85, 90, 95, 98, 99, 100)
 INPUT_TOKENS = (
@@ -45,28 +43,21 @@ class Lengths(Protocol):
 
 class AzureConversation:
     what = "lengths of the Azure conversation trace 2023"
+    _lengths = Apart(Quantiles(PERCENTS, INPUT_TOKENS), Quantiles(PERCENTS, OUTPUT_TOKENS))
 
     def draw(self, rng: random.Random) -> tuple[int, int]:
-        return _quantile(INPUT_TOKENS, rng), _quantile(OUTPUT_TOKENS, rng)
+        return self._lengths.draw(rng)
 
 
 class FromTrace:
-    """Pairs of a trace file as they stand, drawn at random. Raises ConfigError as `read_trace` does."""
+    """Pairs of a trace file as they stand, drawn at random. Raises ConfigError as `sim.traces.read_trace` does."""
 
-    def __init__(self, path: str, most: int = 100_000) -> None:
+    def __init__(self, path: str) -> None:
         self.what = f"lengths of {path}"
-        self._pairs = [(r.input_tokens, r.output_tokens) for r in islice(read_trace(path), most)]
+        self._pairs = Pairs.of_trace(path)
 
     def draw(self, rng: random.Random) -> tuple[int, int]:
-        return rng.choice(self._pairs)
-
-
-def _quantile(values: tuple[int, ...], rng: random.Random) -> int:
-    percent = rng.random() * 100
-    high = max(1, bisect_left(PERCENTS, percent))
-    low = high - 1
-    share = (percent - PERCENTS[low]) / (PERCENTS[high] - PERCENTS[low])
-    return round(values[low] + share * (values[high] - values[low]))
+        return self._pairs.draw(rng)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from pathlib import Path
 from benchmarks.closed_loop import FIRST_TOKEN_ID, LAST_TOKEN_ID
 from benchmarks.clusters import tandem
 from benchmarks.rows import Row, arguments, report
-from cli.arrivals import Arrivals, arrivals
 from core.latency import percentile
+from sim.workload_shapes import Arrivals, arrivals
 from tandem import AsyncClient, Explanation, Result, SamplingParams, TandemError
 
 SPLIT = ("--prefill", "1", "--decode", "1", "--launcher", "local")

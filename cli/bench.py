@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.arrivals import Arrivals
+from sim.workload_shapes import Arrivals
 
 if TYPE_CHECKING:
     from cli.bench_run import Load
@@ -99,8 +99,9 @@ def bench(
     from cli.bench_report import Report
     from cli.bench_run import Progress, measure
     from cli.targets import Asked
-    from cli.workload import Lengths, Replay, Sharing, Workload
+    from cli.workload import Replay, Sharing, Workload
     from core.request import Slo
+    from sim.workload_lengths import TokenRange
     from tandem.errors import InvalidRequestError
 
     if url and grpc:
@@ -116,7 +117,7 @@ def bench(
     if plot:
         _check_plot()
     inputs, outputs = (
-        Lengths.parse(text or str(default), option)
+        TokenRange.parse(text or str(default), option)
         for text, default, option in ((input_tokens, 128, "--input-tokens"), (output_tokens, 32, "--output-tokens"))
     )
     loads: list[Load]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from core.latency import Outcome, RequestTrace
-from core.trace import HASH_BLOCK_TOKENS
+from sim.trace_formats import HASH_BLOCK_TOKENS
 from tandem.errors import OverloadedError, TandemError
 
 OUTSTANDING_MAX = 10_000

@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cli.arrivals import Arrivals, arrivals
 from cli.load import Job
-from core.trace import HASH_BLOCK_TOKENS, read_trace
-from tandem.errors import InvalidRequestError
+from sim.trace_formats import HASH_BLOCK_TOKENS
+from sim.traces import read_trace
+from sim.workload import rescaled, resized, within_context
+from sim.workload_lengths import TokenRange
+from sim.workload_shapes import Arrivals, arrivals
 
 SEEDS_APART = 1_000_003
 _PREFIX_NAMES = 1_000_000_007  # far from the block names of traces
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Tokens, drawn evenly from `low` to `high`; both included."""
-
-    low: int
-    high: int
-
-    @classmethod
-    def parse(cls, text: str, option: str) -> Lengths:
-        """From `N` or `LOW-HIGH`. Raises InvalidRequestError that names the option."""
-        low, dash, high = text.partition("-")
-        try:
-            made = cls(int(low), int(high if dash else low))
-        except ValueError:
-            made = cls(0, 0)
-        if not 1 <= made.low <= made.high:
-            raise InvalidRequestError(f"{option} must be a number of tokens or LOW-HIGH, at least 1, got {text!r}")
-        return made
-
-    def draw(self, rng: random.Random) -> int:
-        return rng.randint(self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +33,8 @@ class Sharing:
 class Workload:
     """A load of drawn requests; the same seed gives the same one."""
 
-    input: Lengths
-    output: Lengths
+    input: TokenRange
+    output: TokenRange
     sharing: Sharing
     arrivals: Arrivals
     cv: float
@@ -93,19 +71,11 @@ class Replay:
     def open(self, duration_s: float, context_max: int | None) -> Iterator[Job]:
         """Those due within `duration_s`, cut to what the served model can hold, where that is known.
 
-        Raises ConfigError as `core.trace.read_trace` does.
+        Raises ConfigError as `sim.traces.read_trace` does.
         """
-        for number, request in enumerate(read_trace(self.path)):
-            due_s = request.arrival_s / self.speed
-            if due_s >= duration_s:
-                return
-            block = max(1, round(HASH_BLOCK_TOKENS * self.scale))
-            output = self._cut(request.output_tokens, self.output_max)
-            inputs = self._cut(request.input_tokens, self.input_max)
-            if context_max is not None:
-                output = min(output, max(1, context_max // 2))
-                inputs = min(inputs, max(1, context_max - output - 1))
-            yield Job(due_s, inputs, output, self.seed * SEEDS_APART + number, request.prefix_ids, block)
-
-    def _cut(self, tokens: int, most: float) -> int:
-        return max(1, math.floor(min(tokens * self.scale, most)))
+        requests = resized(rescaled(read_trace(self.path), self.speed), self.scale, self.input_max, self.output_max)
+        if context_max is not None:
+            requests = within_context(requests, context_max)
+        for number, a in enumerate(itertools.takewhile(lambda a: a.arrival_s < duration_s, requests)):
+            seed = self.seed * SEEDS_APART + number
+            yield Job(a.arrival_s, a.input_tokens, a.output_tokens, seed, a.blocks, a.block_tokens or HASH_BLOCK_TOKENS)

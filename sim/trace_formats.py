@@ -19,7 +19,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from json import JSONDecodeError
 from typing import Any
 
@@ -105,8 +105,9 @@ class _Stamps:
     def __call__(self, text: str) -> float:
         whole, _, rest = text.strip().partition(".")
         digits = len(rest) - len(rest.lstrip("0123456789"))
-        zone = rest[digits:].replace("Z", "")
-        at = datetime.fromisoformat(whole.replace("Z", "") + (zone or "+00:00"))  # it would read six digits of a fraction
+        at = datetime.fromisoformat(whole + rest[digits:])  # of a fraction it would read six digits
+        if at.tzinfo is None:
+            at = at.replace(tzinfo=UTC)
         if self._start is None:
             self._start = at
         return (at - self._start).total_seconds() + (int(rest[:digits]) / 10**digits if digits else 0.0)

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cli.arrivals import Arrivals, arrivals
 from cli.load import Job, prompt_of, run_closed, run_open, send
 from core.latency import Outcome, RequestTrace
+from sim.workload_shapes import Arrivals, arrivals
 from tandem.errors import InternalError, OverloadedError
 
 

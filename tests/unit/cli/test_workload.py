@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from cli.arrivals import Arrivals
 from cli.load import Job, prompt_of
-from cli.workload import Lengths, Replay, Sharing, Workload
+from cli.workload import Replay, Sharing, Workload
+from sim.workload_lengths import TokenRange
+from sim.workload_shapes import Arrivals
 from tandem.errors import InvalidRequestError
 
 
 def workload(seed: int = 1, sharing: Sharing | None = None) -> Workload:
-    return Workload(Lengths(10, 40), Lengths(5, 5), sharing or Sharing(), Arrivals.POISSON, 1.0, seed)
+    return Workload(TokenRange(10, 40), TokenRange(5, 5), sharing or Sharing(), Arrivals.POISSON, 1.0, seed)
 
 
 def test_the_same_seed_gives_the_same_load_and_another_one_another() -> None:
@@ -44,18 +45,18 @@ def test_a_prompt_shorter_than_the_prefix_is_all_prefix() -> None:
     assert len(prompt_of(job, range(100))) == job.prompt_tokens
 
 
-@pytest.mark.parametrize(("text", "lengths"), [("7", Lengths(7, 7)), ("1-9", Lengths(1, 9))])
-def test_lengths_are_read(text: str, lengths: Lengths) -> None:
-    assert Lengths.parse(text, "--input-tokens") == lengths
+@pytest.mark.parametrize(("text", "lengths"), [("7", TokenRange(7, 7)), ("1-9", TokenRange(1, 9))])
+def test_lengths_are_read(text: str, lengths: TokenRange) -> None:
+    assert TokenRange.parse(text, "--input-tokens") == lengths
 
 
 @pytest.mark.parametrize("text", ["", "0", "-4", "9-1", "a", "1-b", "1.5", "3-"])
 def test_lengths_that_cannot_be_are_refused_by_option(text: str) -> None:
     with pytest.raises(InvalidRequestError, match="--input-tokens must be"):
-        Lengths.parse(text, "--input-tokens")
+        TokenRange.parse(text, "--input-tokens")
 
 
-TRACE = "arrival_s,input_tokens,output_tokens\n0,1000,100\n1,4000,0\n2,10,3000\n9,5,5\n"
+TRACE = "arrival_s,input_tokens,output_tokens\n0,1000,100\n1,4000,1\n2,10,3000\n9,5,5\n"
 MOONCAKE = '{"timestamp": 0, "input_length": 1500, "output_length": 5, "hash_ids": [7, 8, 9]}\n'
 INF = float("inf")
 
