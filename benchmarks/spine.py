@@ -80,8 +80,8 @@ def split_against_colocated(requests: int) -> list[Row]:
         worker.added_s(next(source))
         for client, _ in sides:
             ask(client, next(source), Side())  # warm up
-        for prompt in itertools.islice(source, requests):
-            for client, side in sides:
+        for turn, prompt in enumerate(itertools.islice(source, requests)):
+            for client, side in sides[:: 1 if turn % 2 else -1]:  # neither is always asked first
                 threading.Event().wait(PAUSE_S)
                 ask(client, prompt, side)
             threading.Event().wait(PAUSE_S)
