@@ -31,11 +31,9 @@ from router import events as ev
 from router.attempt import Attempt, JourneySpec, Limits
 from router.events import Command, Event
 from router.facts import Facts
+from router.shunned import Shunned
 from router.tokenlog import TokenLog
 from router.view import NO_CLAIM, Claim
-
-BACKOFF_S = 0.05
-BACKOFF_MAX_S = 2.0
 
 
 class State(Enum):
@@ -67,12 +65,10 @@ class Journey:
         self._deadline = now + limits.request_timeout_s
         self._queue_deadline = now + limits.queue_timeout_s
         self._step_deadline: float | None = None
-        self._retry_at: float | None = None
         self._attempt: Attempt | None = None
         self.next_attempt = spec.first_attempt
-        self._failures = 0
-        self._refused: set[str] = set()  # said no since the last wake
-        self._avoid: dict[str, float] = {}  # failed us; until when
+        self._shunned = Shunned()
+        self._doubted = False  # a worker that computes it all may still say no
         self._why_waiting = "no worker is connected"
         self._busy = True
 
@@ -80,14 +76,9 @@ class Journey:
 
     @property
     def wake_at(self) -> float:
-        wake = self._deadline
         if self.state is State.QUEUED:
-            wake = min(wake, self._queue_deadline)
-            if self._retry_at is not None:
-                wake = min(wake, self._retry_at)
-        elif self._step_deadline is not None:
-            wake = min(wake, self._step_deadline)
-        return wake
+            return min(self._deadline, self._queue_deadline, self._shunned.retry_at)
+        return self._deadline if self._step_deadline is None else min(self._deadline, self._step_deadline)
 
     def held_on(self, worker: str) -> AttemptKey | None:
         """The attempt that may still run on `worker`."""
@@ -104,13 +95,11 @@ class Journey:
 
     def _on_woken(self, now: float, _: ev.Woken, out: list[Command]) -> None:
         if self.state is State.QUEUED:
-            self._refused.clear()
+            self._shunned.woken()
             self._ask_for_place(now, out)
 
     def _ask_for_place(self, now: float, out: list[Command]) -> None:
-        self._avoid = {worker: until for worker, until in self._avoid.items() if until > now}
-        self._retry_at = min(self._avoid.values(), default=None)
-        out.append(ev.Place(frozenset(self._refused) | frozenset(self._avoid)))
+        out.append(ev.Place(self._shunned.look(now)))
 
     def _on_placed(self, now: float, event: ev.Placed, out: list[Command]) -> None:
         if self.state is not State.QUEUED:
@@ -142,7 +131,15 @@ class Journey:
     def _started(self, now: float, out: list[Command], command: Command) -> None:
         self._step_deadline = None
         self.facts.sent(now)
-        out += (command, ev.Accepted())
+        out.append(command)
+        if self.state is not State.LOCAL or not self._doubted:
+            out.append(ev.Accepted())
+
+    def _computes(self, out: list[Command]) -> None:
+        """A worker is at it, so it does not refuse any more."""
+        if self.state is State.LOCAL and self._doubted:
+            self._doubted = False
+            out.append(ev.Accepted())
 
     def _on_no_place(self, now: float, event: ev.NoPlace, out: list[Command]) -> None:
         self._why_waiting = event.reason
@@ -154,10 +151,7 @@ class Journey:
             return
         if not event.granted:
             attempt.legs.discard(event.worker)
-            self._refused.add(event.worker)
-            self._why_waiting = event.reason or "the decode workers are full"
-            self._leave_attempt(out)
-            self._ask_for_place(now, out)
+            self._turned_down(now, event.worker, event.reason or "the decode workers are full", out)
             return
         assert attempt.prefill is not None
         attempt.legs.add(attempt.prefill)
@@ -182,6 +176,7 @@ class Journey:
             attempt.legs.discard(event.worker)
             self._lose(now, event.worker, "the worker gave the request up", out)
             return
+        self._computes(out)
         first = self._first_token_missing(attempt)
         if first and event.worker == (attempt.prefill or attempt.decode):
             self.claim = Claim(None, 0, attempt.decode, len(attempt.item.token_ids))  # the prompt is computed
@@ -217,6 +212,7 @@ class Journey:
     def _on_prefill_done(self, now: float, event: ev.PrefillDone, out: list[Command]) -> None:
         attempt = self._current(event.attempt)
         if attempt is not None:
+            self._computes(out)
             self.claim = Claim(None, 0, attempt.decode, len(attempt.item.token_ids))
             self.facts.prefill_done(event.timing, event.cached_tokens)
 
@@ -241,10 +237,14 @@ class Journey:
             return
         if isinstance(event.error, OutOfBlocksError | OverloadedError):
             begun = self.state in (State.HANDOFF, State.DECODING) or not self._first_token_missing(attempt)
+            if self.state is State.LOCAL and not begun:
+                self._doubted = True
+                self._turned_down(now, event.worker, event.error.message, out)
+                return
             self._lose(now, event.worker, event.error.message, out, counts=False, failover=begun)
             return
         if isinstance(event.error, TransferError) and attempt.prefill is not None:
-            self._avoid[attempt.prefill] = now + self._backoff_s()  # the fault may be at either end
+            self._shunned.failed(attempt.prefill, now)  # the fault may be at either end
         self._lose(now, event.worker, event.error.message, out)
 
     def _on_lost(self, now: float, event: ev.WorkerLost, out: list[Command]) -> None:
@@ -273,7 +273,7 @@ class Journey:
                 text = f"no place within {waited_s:g} s (router.queue_timeout_s): {self._why_waiting}; retry later"
                 kind = OverloadedError if self._busy else UnavailableError
                 self._finish(now, out, error=kind(text, retry_after_s=1.0))
-            elif self._retry_at is not None and now >= self._retry_at:
+            elif now >= self._shunned.retry_at:
                 self._ask_for_place(now, out)
         elif self._step_deadline is not None and now >= self._step_deadline:
             attempt = self._attempt
@@ -296,6 +296,13 @@ class Journey:
         self._step_deadline = None
         self.claim = NO_CLAIM
 
+    def _turned_down(self, now: float, worker: str, why: str, out: list[Command]) -> None:
+        """It has no room."""
+        self._shunned.refused(worker)
+        self._why_waiting = why
+        self._leave_attempt(out)
+        self._ask_for_place(now, out)
+
     def _lose(
         self, now: float, worker: str, why: str, out: list[Command], *, counts: bool = True, failover: bool = True
     ) -> None:
@@ -305,26 +312,18 @@ class Journey:
         """
         self._leave_attempt(out)
         self.facts.failovers += failover
-        self._failures += counts
-        self._avoid[worker] = now + self._backoff_s()
+        self._shunned.failures += counts
+        self._shunned.failed(worker, now)
         self._queue_deadline = now + self._limits.queue_timeout_s
         self._why_waiting = why
-        if self._failures >= self._limits.max_attempts:
-            text = f"{self._failures} placements failed (router.max_attempts), the last one because {why}"
+        if self._shunned.failures >= self._limits.max_attempts:
+            text = f"{self._shunned.failures} placements failed (router.max_attempts), the last one because {why}"
             self._finish(now, out, error=UnavailableError(text, retry_after_s=1.0))
         else:
             self._ask_for_place(now, out)
 
-    def _backoff_s(self) -> float:
-        return min(BACKOFF_S * 2.0 ** min(self._failures, 8), BACKOFF_MAX_S)
-
     def _finish(
-        self,
-        now: float,
-        out: list[Command],
-        *,
-        reason: FinishReason | None = None,
-        error: TandemError | None = None,
+        self, now: float, out: list[Command], *, reason: FinishReason | None = None, error: TandemError | None = None
     ) -> None:
         self._leave_attempt(out)
         self.state = State.DONE

@@ -142,6 +142,19 @@ def test_being_short_of_memory_is_not_a_failure():
         assert journey.state is State.QUEUED
 
 
+def test_who_has_no_room_for_a_whole_request_is_asked_again_at_the_next_wake_and_not_by_the_clock():
+    journey = journey_in(State.LOCAL)
+    full = ev.AttemptFailed("d", 1, OverloadedError("one runs here already"), True)
+    assert commands_of(journey, full) == [ev.Place(frozenset({"d"}))]
+    commands_of(journey, ev.NoPlace("nobody"))
+    assert journey.wake_at == 10.0, "the end of its time in the queue"
+    assert commands_of(journey, ev.Woken()) == [ev.Place(frozenset())]
+    assert spell(commands_of(journey, ev.Placed(None, "d"))) == "GenerateLocal:d", "those behind it wait until it is sure"
+    assert spell(commands_of(journey, tokens("d", 0, attempt=2))) == "Accepted Deliver"
+    assert spell(commands_of(journey, tokens("d", 1, attempt=2))) == "Deliver"
+    assert journey.facts.failovers == 0
+
+
 def test_after_a_failed_transfer_both_ends_are_avoided():
     journey = journey_in(State.HANDOFF)
     *_, place = commands_of(journey, ev.AttemptFailed("d", 1, TransferError("x"), True))
