@@ -3,9 +3,9 @@
 Claims (issue "The simulator and the planner": an executor from a roofline of any Hugging Face config × GPU): the median
 relative error of predicted step times, per model, GPU and phase. They are stated, not judged one by one; judged is the median
 over all that no factor was fitted to, at most a third. Fitted to (rows say so): Dynamo's 70B on eight H100 and 8B on H200 for
-engines with CUDA graphs, Splitwise's Llama-2-70B on H100 for engines of 2023, Helix's prompts on L4 and T4. Held against: Dynamo on two and four H100,
-DistServe's fits of OPT on A100, Splitwise's A100 and BLOOM, Helix's L4, T4, V100 and A100; KV capacity against DistServe's
-table.
+engines with CUDA graphs, Splitwise's Llama-2-70B on H100 for engines of 2023, Helix's prompts on L4 and T4. Held against: the
+other GPUs of Dynamo, DistServe's fits of OPT on A100, Splitwise's A100 and BLOOM, the rest of Helix; KV capacity against
+DistServe's table.
 
     python -m benchmarks.simulator_roofline [--quick] [--data DIR] [--json FILE]
 """

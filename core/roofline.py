@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from core.cost_fit import fit_steps
@@ -103,12 +103,14 @@ class Roofline:
     tp: int = 1
     pp: int = 1
     efficiency: Efficiency = ENGINES["graphs"]
+    _rates: _Rates = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.shape.heads % self.tp:
             raise ConfigError(f"tp {self.tp} does not divide the {self.shape.heads} attention heads of {self.shape.name}")
         if not 1 <= self.pp <= self.shape.layers:
             raise ConfigError(f"pp {self.pp} is not between 1 and the {self.shape.layers} layers of {self.shape.name}")
+        object.__setattr__(self, "_rates", _rates(self))
 
     @property
     def gpus(self) -> int:
@@ -130,13 +132,13 @@ class Roofline:
         tokens = shape.prefill_tokens + shape.decode_rows
         if not tokens:
             return 0.0
-        between = (self.pp - 1) * (self.efficiency.allreduce_s + tokens * self._hidden_bytes / self._stage_link)
-        return self.shape.layers * self._layer_s(shape) + between + self._head_s(shape) + self._host_s(shape)
+        between = (self.pp - 1) * (self.efficiency.allreduce_s + tokens * self._rates.stage_s)
+        return self.shape.layers * self._layer_s(shape) + between + self._head_s(shape)
 
     def stage_s(self, shape: StepShape) -> float:
         """Between two batches that leave a pipeline kept full: the busiest stage's time."""
         layers = math.ceil(self.shape.layers / self.pp)
-        return layers * self._layer_s(shape) + self._head_s(shape) + self._host_s(shape)
+        return layers * self._layer_s(shape) + self._head_s(shape)
 
     def allreduce_s(self, num_bytes: float) -> float:
         """A ring over `tp` GPUs: each byte crosses a link 2 (tp − 1) / tp times (Patarasuk and Yuan, 2009)."""
@@ -200,60 +202,82 @@ class Roofline:
 
     def _layer_s(self, shape: StepShape) -> float:
         """The mean layer's time on one GPU of its stage."""
-        tokens = shape.prefill_tokens + shape.decode_rows
-        reduced = 2 * self.allreduce_s(tokens * self._hidden_bytes)
-        attention = self._product_s(self.shape.attention_params, self.shape.attention_params, tokens)
-        return attention + self._ffn_s(tokens) + self._attention_s(shape) + reduced + self.efficiency.layer_s
+        tokens, rate = shape.prefill_tokens + shape.decode_rows, self._rates
+        attention = max(tokens * rate.attention_compute_s, rate.attention_read_s)
+        attention += shape.prefill_pairs * rate.pair_s + shape.decode_context * rate.context_s
+        return attention + self._ffn_s(tokens) + tokens * rate.reduce_s + rate.fixed_s
 
     def _ffn_s(self, tokens: int) -> float:
         """Of a mixture, each token computes `per_token` experts; weights are read of those that any token takes."""
-        shape, experts = self.shape, self.shape.experts
-        dense = self._product_s(shape.ffn_params(shape.ffn), shape.ffn_params(shape.ffn), tokens)
+        rate, experts = self._rates, self.shape.experts
+        dense = max(tokens * rate.ffn_compute_s, rate.ffn_read_s)
         if experts is None:
             return dense
-        one, shared = shape.ffn_params(experts.ffn), shape.ffn_params(experts.shared_ffn)
         touched = experts.count * (1 - (1 - experts.per_token / experts.count) ** tokens)
-        mixed = self._product_s(one * experts.per_token + shared, one * touched + shared, tokens)
-        share = shape.moe_layers / shape.layers
-        return share * mixed + (1 - share) * dense
-
-    def _product_s(self, computed: float, read: float, tokens: int) -> float:
-        """`tokens` rows times so many weights, `read` of them once, over the tensor-parallel GPUs."""
-        eight = self.shape.weight_bytes_each < 2
-        peak = self.gpu.flops_of(self.shape.weight_dtype if self.shape.weight_dtype in self.gpu.flops else self.shape.dtype)
-        narrow = peak > self.gpu.flops_of("bfloat16")
-        compute_s = 2 * tokens * computed / self.tp / (peak * (self.efficiency.gemm_8 if narrow else self.efficiency.gemm_16))
-        stream = self.gpu.memory_bytes_per_s * (self.efficiency.weights_8 if eight else self.efficiency.weights_16)
-        return max(compute_s, read * self.shape.weight_bytes_each / self.tp / stream)
-
-    def _attention_s(self, shape: StepShape) -> float:
-        """Scores and values of one layer, in 16 bits; a prompt's in operations, a decode's as slow as its KV is read."""
-        dim = self.shape.attention_dim / self.tp
-        peak = self.gpu.flops_of(self.shape.dtype) * self.efficiency.attention
-        kv_bytes = self.kv_gpu_token_bytes / math.ceil(self.shape.layers / self.pp)
-        stream = self.gpu.memory_bytes_per_s * self.efficiency.kv
-        decode = max(4 * dim * shape.decode_context / peak, kv_bytes * shape.decode_context / stream)
-        return 4 * dim * shape.prefill_pairs / peak + decode
+        mixed = max(tokens * rate.mixed_compute_s, touched * rate.expert_read_s + rate.shared_read_s)
+        return rate.mixed_share * mixed + (1 - rate.mixed_share) * dense
 
     def _head_s(self, shape: StepShape) -> float:
-        """Logits of each decoding row and of one prompt's last token."""
-        rows = shape.decode_rows + (1 if shape.prefill_tokens else 0)
-        values = self.shape.vocab * self.shape.hidden / self.tp
-        peak = self.gpu.flops_of(self.shape.dtype) * self.efficiency.gemm_16
-        stream = self.gpu.memory_bytes_per_s * self.efficiency.weights_16
-        return max(2 * rows * values / peak, values * self.shape.value_bytes / stream)
+        """Logits of each decoding row and of one prompt's last token; and what the host does."""
+        rows, rate = shape.decode_rows + (1 if shape.prefill_tokens else 0), self._rates
+        host = self.efficiency.step_s + self.efficiency.row_s * shape.decode_rows
+        return max(rows * rate.head_compute_s, rate.head_read_s) + host
 
-    def _host_s(self, shape: StepShape) -> float:
-        return self.efficiency.step_s + self.efficiency.row_s * shape.decode_rows
 
-    @property
-    def _hidden_bytes(self) -> float:
-        return self.shape.hidden * self.shape.value_bytes
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """Seconds per token, per query–key pair or per read of all weights, of one layer (of all for the head) on one GPU."""
 
-    @property
-    def _stage_link(self) -> float:
-        inside = self.gpus <= self.gpu.gpus_per_node or not self.gpu.network_bytes_per_s
-        return self.efficiency.link * (self.gpu.link_bytes_per_s if inside else self.gpu.network_bytes_per_s)
+    attention_compute_s: float
+    attention_read_s: float
+    ffn_compute_s: float
+    ffn_read_s: float
+    mixed_compute_s: float
+    expert_read_s: float
+    shared_read_s: float
+    mixed_share: float
+    head_compute_s: float
+    head_read_s: float
+    pair_s: float
+    context_s: float
+    reduce_s: float
+    fixed_s: float
+    stage_s: float
+
+
+def _rates(roofline: Roofline) -> _Rates:
+    shape, gpu, engine, tp = roofline.shape, roofline.gpu, roofline.efficiency, roofline.tp
+    stored = shape.weight_dtype if shape.weight_dtype in gpu.flops else shape.dtype
+    narrow = gpu.flops_of(stored) > gpu.flops_of("bfloat16")
+    product = 2 / tp / (gpu.flops_of(stored) * (engine.gemm_8 if narrow else engine.gemm_16))
+    stream = gpu.memory_bytes_per_s * (engine.weights_8 if shape.weight_bytes_each < 2 else engine.weights_16)
+    read = shape.weight_bytes_each / tp / stream
+    wide = gpu.flops_of(shape.dtype)
+    pair = 4 * shape.attention_dim / tp / (wide * engine.attention)
+    kv_bytes = roofline.kv_gpu_token_bytes / math.ceil(shape.layers / roofline.pp)
+    experts, ffn = shape.experts, shape.ffn_params(shape.ffn)
+    one, shared = (shape.ffn_params(experts.ffn), shape.ffn_params(experts.shared_ffn)) if experts else (0, 0)
+    head = shape.vocab * shape.hidden / tp
+    hidden_bytes = shape.hidden * shape.value_bytes
+    first_byte_s = roofline.allreduce_s(0)
+    inside = roofline.gpus <= gpu.gpus_per_node or not gpu.network_bytes_per_s
+    return _Rates(
+        attention_compute_s=shape.attention_params * product,
+        attention_read_s=shape.attention_params * read,
+        ffn_compute_s=ffn * product,
+        ffn_read_s=ffn * read,
+        mixed_compute_s=(one * experts.per_token + shared) * product if experts else 0.0,
+        expert_read_s=one * read,
+        shared_read_s=shared * read,
+        mixed_share=shape.moe_layers / shape.layers,
+        head_compute_s=2 * head / (wide * engine.gemm_16),
+        head_read_s=head * shape.value_bytes / (gpu.memory_bytes_per_s * engine.weights_16),
+        pair_s=pair,
+        context_s=max(pair, kv_bytes / (gpu.memory_bytes_per_s * engine.kv)),
+        reduce_s=2 * (roofline.allreduce_s(hidden_bytes) - first_byte_s),
+        fixed_s=2 * first_byte_s + engine.layer_s,
+        stage_s=hidden_bytes / (engine.link * (gpu.link_bytes_per_s if inside else gpu.network_bytes_per_s)),
+    )
 
 
 def _shapes(capacity_tokens: int) -> list[StepShape]:
