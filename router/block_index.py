@@ -108,9 +108,9 @@ class BlockIndex:
 
     def _match(self, short: Keys) -> Match:
         depths = self._dram.depths(short)
+        best = int(depths.max())  # what is expected cannot be fetched yet
         if len(self._expected):
             depths = np.maximum(depths, self._expected.depths(short))
-        best = int(depths.max())
         if len(self._disk) and best < short.size:
             best = max(best, int(self._disk.depths(short).max()))
         return Match(depths, best)

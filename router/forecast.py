@@ -21,6 +21,8 @@ LOOKED_AT = 4
 """Rows of a pool that are ranked exactly."""
 CHUNK_TOKENS = 256
 """Of chunked prefill beside decodes: what one step adds to a gap."""
+ASKING_S = 2e-3
+"""Finding out who has the blocks of a prompt."""
 NEAR = 0.9
 """Part of a limit that a prediction may fill: predictions err."""
 
@@ -89,8 +91,7 @@ class Split:
     def __init__(self, situation: Situation, prefill: Pool, decode: Pool, need: Need, goal: Goal) -> None:
         self._prefill, self._decode, self._goal = prefill, decode, goal
         cached = matched_tokens(situation, prefill, need)
-        new = need.tokens - cached
-        self._queue_s, self._prefill_s = prefill.queue_s(need.now), prefill.prefill_s(new, cached)
+        new, self._queue_s, self._prefill_s = _prompt(situation, prefill, need, cached)
         computed_s = self._queue_s + self._prefill_s
         self._ttft_s = prefill.corrections.overhead_s + computed_s
         link = situation.view.link
@@ -156,8 +157,9 @@ class Whole:
 
     def at_best_s(self) -> Column:
         """Less than the time until the last token can be."""
-        pool, cost = self._pool, self._pool.cost
-        return cost.prefill_token_s * self.new + self._goal.output_tokens * pool.gap_now_s
+        pool, need = self._pool, self._need
+        new = np.minimum(self.new, need.tokens - self._situation.best_tokens(need.keys, need.tokens))
+        return pool.cost.prefill_token_s * new + self._goal.output_tokens * pool.gap_now_s
 
     def best(self, may: Rows) -> list[Ranked]:
         """The best of these rows, in no order."""
@@ -205,14 +207,36 @@ class Whole:
         """Only for who looks: most decode workers are not asked to compute prompts."""
         pool, need = self._pool, self._need
         now_s = pool.gap_now_s
+        self.new, self._queue_s, alone_s = _prompt(self._situation, pool, need, self._cached)
         steps = np.ceil((self.new + pool.waiting_tokens) / CHUNK_TOKENS)
-        self._queue_s = pool.queue_s(need.now)
-        alone_s = pool.prefill_s(self.new, self._cached)
         self._prefill_s = alone_s + steps * (now_s - pool.cost.base_s)  # decodes run along
         self._ttft_s = pool.corrections.overhead_s + self._queue_s + self._prefill_s
         self._gap_s = pool.gap_s(1.0, need.tokens + need.output_tokens / 2)
         felt_s = now_s + pool.cost.prefill_token_s * np.minimum(self.new, CHUNK_TOKENS)
         self._harmed = harmed(pool, now_s, felt_s, self._goal)
+
+
+def _prompt(situation: Situation, pool: Pool, need: Need, cached: Column) -> tuple[Column, Column, Column]:
+    """On each worker the tokens to compute, the time until it begins with them, and what they take it.
+
+    With what the worker has of the prompt, or with the longest prefix that anybody has, fetched while others are computed,
+    whichever is sooner (Mooncake's Conductor, FAST '25, algorithm 1, with times for its hand-tuned ratio: a prefix is replicated
+    where waiting for its holder takes longer).
+    """
+    new, queue_s = need.tokens - cached, pool.queue_s(need.now)
+    prefill_s = pool.prefill_s(new, cached)
+    best = situation.best_tokens(need.keys, need.tokens)
+    if not cached.size or best <= cached.min():
+        return new, queue_s, prefill_s
+    link = situation.view.link
+    fetch_s = ASKING_S + link.latency_s + (best - cached) * (situation.token_bytes / link.bytes_per_s)
+    begins_s, rest_s = np.maximum(queue_s, fetch_s), pool.prefill_s(float(need.tokens - best), float(best))
+    sooner = (begins_s + rest_s < queue_s + prefill_s) & (cached < best)
+    return (
+        np.where(sooner, need.tokens - best, new),
+        np.where(sooner, begins_s, queue_s),
+        np.where(sooner, rest_s, prefill_s),
+    )
 
 
 def _rank(goal: Goal, harm: float, ttft_s: float, gap_s: float, load: float, name: str) -> Rank:

@@ -32,13 +32,19 @@ INDEX_BLOCKS_MAX = 1_000_000
 
 class Placer:
     """Belongs to one dispatcher. `stale_after_s`: older reports are discounted. `draws`: for policies that draw lots.
+    `fetches`: whether workers fetch blocks from each other (`store.fetch`).
 
     The index is there for a policy that looks at it. It is fed by what nodes say of their blocks (`events`), and by the
     router's own placements until they do: whoever computes a prompt will have its blocks.
     """
 
     def __init__(
-        self, policy: Policy, stale_after_s: float, draws: random.Random, index_blocks_max: int = INDEX_BLOCKS_MAX
+        self,
+        policy: Policy,
+        stale_after_s: float,
+        draws: random.Random,
+        index_blocks_max: int = INDEX_BLOCKS_MAX,
+        fetches: bool = True,
     ) -> None:
         self.claims = Claims()
         self.index = BlockIndex(index_blocks_max) if policy.wants_keys and index_blocks_max else None
@@ -50,6 +56,7 @@ class Placer:
         self._policy_name = name_of(policy)
         self._stale_after_s = stale_after_s
         self._draws = draws
+        self._fetches = fetches
         self._lengths = Lengths()
         self._then: Mapping[str, Held] = {}
         self._reports: dict[str, tuple[int, int]] = {}
@@ -143,6 +150,7 @@ class Placer:
             self.calibration,
             older_s,
             self._then,
+            self._fetches,
         )
 
     def _held_then(self, view: ClusterView) -> Mapping[str, Held]:

@@ -39,6 +39,8 @@ class Situation:
     """By how much the reports have aged since they came."""
     then: Mapping[str, Held] | None = None
     """Left out: what we hold now."""
+    fetches: bool = True
+    """Whether workers fetch blocks that others have."""
 
     def __post_init__(self) -> None:
         if self.then is None:
@@ -87,6 +89,12 @@ class Situation:
         if self.index is None or not keys:
             return np.zeros(len(pool))
         return pool.of_slots(self.index.match(keys).depths, self.index)
+
+    def best_tokens(self, keys: Sequence[BlockKey], tokens: int) -> int:
+        """Of a prompt of so many tokens, what can be fetched; one is always computed."""
+        if self.index is None or self._layout is None or not self.fetches or not keys:
+            return 0
+        return min(self.index.match(keys).best * self._layout.block_size, tokens - 1)
 
     def moved(self, *claims: Claim) -> None:
         """The claims that a journey gave back or took."""

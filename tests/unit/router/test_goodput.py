@@ -12,10 +12,10 @@ from test_policies import KEYS, PROMPT, C, D, P, situation, worker
 
 from core.cost_model import StepCost
 from core.request import Slo, WorkerRole
-from router.forecast import Goal, Split, Whole
+from router.forecast import ASKING_S, Goal, Split, Whole
 from router.goodput import Goodput
 from router.policy import Decision, Need, Pair, window_open
-from router.view import NO_CLAIM, Claim, Claims, WorkerView
+from router.view import ASSUMED_LINK, NO_CLAIM, Claim, Claims, WorkerView
 
 COST = StepCost(base_s=2e-3, prefill_token_s=1e-3, prefill_pair_s=0.0, decode_row_s=1e-3, decode_context_s=0.0)
 SLO = Slo(ttft_s=1.0, tbt_s=0.02)
@@ -31,9 +31,27 @@ def workers(*made):
 
 def test_the_shortest_time_to_the_first_token_with_the_prefix_counted():
     here = situation(*workers(worker("p0", P), worker("p1", P, waiting_tokens=50), worker("d0", D)), cached={"p1": 9})
-    first = decide(here).candidates[0]
+    first = decide(replace(here, fetches=False)).candidates[0]
     assert first.pair == Pair("p1", "d0"), "16 tokens behind 50 are done before 160 behind none"
     assert first.ttft_s == pytest.approx(0.002 + 0.050 + 0.002 + 0.016)
+
+
+def test_an_idle_worker_that_fetches_goes_before_a_busy_holder_and_after_an_idle_one():
+    busy, idle = worker("p1", P, waiting_tokens=50), worker("p1", P)
+    here = situation(*workers(worker("p0", P), busy, worker("d0", D, running=1)), cached={"p1": 9})
+    first = decide(here).candidates[0]
+    fetch_s = ASKING_S + ASSUMED_LINK.latency_s + 144 * here.token_bytes / ASSUMED_LINK.bytes_per_s
+    assert first.pair == Pair("p0", "d0")
+    assert (first.queue_s, first.prefill_s) == pytest.approx((fetch_s, 0.002 + 0.016)), "then it is a holder too"
+    here = situation(*workers(worker("p0", P), idle, worker("d0", D, running=1)), cached={"p1": 9})
+    assert decide(here).place == Pair("p1", "d0")
+
+
+def test_what_is_on_its_way_to_be_computed_cannot_be_fetched():
+    here = situation(*workers(worker("p0", P), worker("p1", P, waiting_tokens=50), worker("d0", D, running=1)))
+    assert here.index is not None
+    here.index.expect("p1", KEYS[:9], now=0.0)
+    assert decide(here).place == Pair("p1", "d0"), "who will have it by then"
 
 
 def test_gaps_are_kept_within_the_limit_even_on_the_busier_side():
