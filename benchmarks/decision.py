@@ -7,7 +7,8 @@ plotted.
 Half of the workers prefill, half decode. The index holds conversations of 2,048 blocks behind 16 system prompts of 64, which
 every worker has; each turn of a conversation is held by three workers, and the next turn by three others. A prompt begins like
 one of them and ends with something new, at a random place. Times are of the thread (CPU), so that neighbours count little; they
-still share the cache. Keys are new objects each time, as they come from hashing a prompt.
+still share the cache. Keys are new objects each time, as they come from hashing a prompt. The router has two requests of its
+own under way per worker, half of them on prompts.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from router.block_index import BlockIndex
 from router.policies import make_policy
 from router.policy import Need, Pair
 from router.situation import Situation
-from router.view import Claims, ClusterView, WorkerView
+from router.view import NO_CLAIM, Claim, Claims, ClusterView, WorkerView
 
 BLOCK_TOKENS, BLOCKS = 16, 2048
 SYSTEM_BLOCKS, SYSTEM_PROMPTS, HOLDERS = 64, 16, 3
 POLICIES = ("goodput", "least_load", "prefix_aware", "kv_cost", "conductor")
+ROLES = (WorkerRole.PREFILL, WorkerRole.DECODE)
 SIZES = (10, 100, 1000, 10_000)
 LAYOUT = KvLayout(b"\x01" * 16, "float32", 32, 8, 128, BLOCK_TOKENS)
 PLOT = Path(__file__).parent / "results" / "decision.png"
@@ -50,7 +52,7 @@ def workers(count: int, rng: random.Random) -> list[WorkerView]:
     return [
         WorkerView(
             f"w{number:05d}",
-            WorkerRole.PREFILL if number % 2 == 0 else WorkerRole.DECODE,
+            ROLES[number % 2],
             1,
             WorkerState.READY,
             "127.0.0.1:1",
@@ -87,7 +89,16 @@ class Town:
             self.conversations.append([*rng.choice(systems), *random_keys(BLOCKS - SYSTEM_BLOCKS, rng)])
             self._converse(self.conversations[-1])
         view = ClusterView(1, MappingProxyType({worker.worker_id: worker for worker in self.workers}))
-        self.situation = Situation(view, frozenset(view.workers), Claims(), self.index, 3.0)
+        self.situation = Situation(view, frozenset(view.workers), self._claims(), self.index, 3.0)
+
+    def _claims(self) -> Claims:
+        """Of requests under way."""
+        claims, sides = Claims(), [[w.worker_id for w in self.workers if w.role is role] for role in ROLES]
+        for number in range(2 * len(self.workers)):
+            prefill, decode = map(self.rng.choice, sides)
+            claim = Claim(prefill, 500, decode, 500) if number % 2 else Claim(None, 0, decode, 900)
+            claims.swap(NO_CLAIM, claim)
+        return claims
 
     def _converse(self, keys: list[BlockKey]) -> None:
         start = SYSTEM_BLOCKS
@@ -139,14 +150,14 @@ def keys_made(rounds: int) -> float:
 
 
 def measured(options: argparse.Namespace) -> Iterator[Row]:
-    rounds, blocks = (300, 250_000) if options.quick else (2000, 1_000_000)
+    rounds, blocks = (300, 250_000) if options.quick else (500, 1_000_000)
     sizes = [size for size in SIZES if size <= 1000] if options.quick else list(SIZES)
     curves: dict[str, dict[int, Timed]] = {name: {} for name in POLICIES}
     for size in sizes:
         sys.stderr.write(f"{size} workers\n")
         town = Town(size, blocks, random.Random(size))
         for name in POLICIES:
-            curves[name][size] = decided(town, name, rounds)
+            curves[name][size] = decided(town, name, 4 * rounds if size == 1000 else rounds)
         if size == 1000:
             yield from about(town, blocks, curves)
     yield Row("decision_keys_us", "making block keys, per block", keys_made(20), "us", 1.0, "<=", how="SHA-256 chain")

@@ -220,8 +220,8 @@ def _prompt(situation: Situation, pool: Pool, need: Need, cached: Column) -> tup
     """On each worker the tokens to compute, the time until it begins with them, and what they take it.
 
     With what the worker has of the prompt, or with the longest prefix that anybody has, fetched while others are computed,
-    whichever is sooner (Mooncake's Conductor, FAST '25, algorithm 1, with times for its hand-tuned ratio: a prefix is replicated
-    where waiting for its holder takes longer).
+    whichever is sooner (Mooncake's Conductor, FAST '25, algorithm 1, with times for its hand-tuned ratio: a prefix is
+    replicated where waiting for its holder takes longer).
     """
     new, queue_s = need.tokens - cached, pool.queue_s(need.now)
     prefill_s = pool.prefill_s(new, cached)
