@@ -36,7 +36,6 @@ from kvtransfer.segments import geometry_for
 T = TypeVar("T")
 
 SPAN_BYTES = 2**20  # read, then digested while still in the core's cache
-BATCH_BYTES = 16 * 2**20  # taken by the writer at a time: several pieces, so that the disk never waits
 SEGMENT_BYTES = 64 * 2**20
 SEGMENTS_MAX = 128  # of a large tier: each holds a descriptor
 
@@ -99,8 +98,7 @@ class DiskTier:
         share = max(1, int(room_blocks * options.tenant_share)) if options.tenant_share < 1 else None
         store = SegmentStore.open(directory, layout, geometry, bytes_max, options.calls, options.now_s, share)
         queue_blocks = max(2, options.queue_bytes // block_bytes)
-        writer = DiskWriter(store, block_bytes, queue_blocks, max(1, min(BATCH_BYTES // block_bytes, queue_blocks // 2)))
-        return cls(store, writer, layout, options)
+        return cls(store, DiskWriter(store, block_bytes, queue_blocks), layout, options)
 
     def put(self, key: BlockKey, block: Blocks, tenant: bytes = b"", cost_s: float = 0.0) -> bool:
         """Takes a copy of `block` (uint8 [block_bytes], contiguous) and returns; it is written, and findable, a little later.

@@ -7,16 +7,18 @@ copy of one block, whatever the disk does, and memory stays at what was set asid
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from core.blocks import BlockKey
+from kvtransfer.appending import Appending, Written
 from kvtransfer.arena import Blocks, HostArena
-from kvtransfer.segment_store import PIECE_BYTES, SegmentStore, Written
+from kvtransfer.segment_store import PIECE_BYTES, SegmentStore
 
+AHEAD = 3  # pieces under way at a time: the disk has its next one before headers and index know of the last
 LINGER_S = 0.002  # for a piece to fill: a step's blocks arrive together
 
 
@@ -28,11 +30,9 @@ class _Staged(Written):
 class DiskWriter:
     """`put` and `forget` from any thread. Its thread ends with `close`, or with the process."""
 
-    def __init__(self, store: SegmentStore, block_bytes: int, queue_blocks: int, batch_blocks: int) -> None:
-        assert 0 < batch_blocks <= queue_blocks, "a batch is made of what waits"
+    def __init__(self, store: SegmentStore, block_bytes: int, queue_blocks: int) -> None:
         self._store = store
-        self._batch_blocks = batch_blocks
-        self._piece_blocks = max(1, min(batch_blocks, PIECE_BYTES // block_bytes))
+        self._piece_blocks = max(1, min(queue_blocks // 2, PIECE_BYTES // block_bytes))
         self._spans: Blocks = HostArena(queue_blocks, block_bytes).bytes_view()
         self._free = list(range(queue_blocks))
         self._queue: deque[_Staged] = deque()  # at most queue_blocks
@@ -89,23 +89,45 @@ class DiskWriter:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while batch := self._next_batch():
-            started = time.perf_counter()
-            try:
-                if not self._store.writes_off:
-                    self._store.append(batch, self._take)
-                    self._store.stats.write_seconds.observe(time.perf_counter() - started)
-            except OSError as error:
-                self._store.turn_off(error)
-            finally:
-                self._give_back(batch)
+        under_way: deque[Appending] = deque()
+        while True:
+            room = self._store.room_blocks
+            busy = len(under_way) == AHEAD or (under_way and not room)
+            if not busy and (piece := self._next_piece(room or self._piece_blocks, waits=not under_way)):
+                self._begin(piece, under_way)
+            elif under_way:
+                self._finish(under_way.popleft())
+            else:
+                return
 
-    def _next_batch(self) -> list[_Staged]:
-        """Waits for work; empty when there will be none."""
+    def _begin(self, piece: list[_Staged], under_way: deque[Appending]) -> None:
+        try:
+            if not self._store.writes_off:
+                under_way.append(self._store.begin(piece))
+                return
+        except OSError as error:
+            self._store.turn_off(error)
+        self._give_back(piece)
+
+    def _finish(self, begun: Appending) -> None:
+        try:
+            if not self._store.writes_off:
+                self._store.finish(begun, self._take)
+        except OSError as error:
+            self._store.turn_off(error)
+        finally:
+            begun.settle()
+            self._give_back(begun.blocks)
+
+    def _next_piece(self, blocks_max: int, *, waits: bool) -> list[_Staged]:
+        """Waits for work, or takes what is worth it now. Empty when there is none; after waiting: there will be none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            self._changed.wait_for(self._worth_writing, LINGER_S)
-            return [self._queue.popleft() for _ in range(min(len(self._queue), self._batch_blocks))]
+            if waits:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                self._changed.wait_for(self._worth_writing, LINGER_S)
+            elif not self._worth_writing():
+                return []
+            return [self._queue.popleft() for _ in range(min(len(self._queue), self._piece_blocks, blocks_max))]
 
     def _worth_writing(self) -> bool:
         return len(self._queue) >= self._piece_blocks or self._closed or self._draining > 0
@@ -121,9 +143,10 @@ class DiskWriter:
         self._store.stats.put_bytes += block.bytes.nbytes
         return True
 
-    def _give_back(self, batch: list[_Staged]) -> None:
+    def _give_back(self, blocks: Sequence[Written]) -> None:
         with self._changed:
-            for block in batch:
+            for block in blocks:
+                assert isinstance(block, _Staged)
                 if self._wanted.get(block.key) == block.span:
                     del self._wanted[block.key]
                 self._free.append(block.span)

@@ -11,10 +11,10 @@ import fcntl
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +22,10 @@ import numpy as np
 
 from core.blocks import BlockKey, KvLayout
 from core.errors import ConfigError
+from kvtransfer.appending import Appending, Written
 from kvtransfer.arena import Blocks
 from kvtransfer.codec import digest_of
-from kvtransfer.disk_index import DiskIndex, Record, Tenant
+from kvtransfer.disk_index import DiskIndex, Record
 from kvtransfer.disk_stats import DiskStats
 from kvtransfer.disk_tenants import DiskTenants
 from kvtransfer.segment_file import FileCalls, SegmentFile, segment_files
@@ -33,14 +34,6 @@ from kvtransfer.segments import Geometry, SlotHeader, directory_name, pack_slot
 log = logging.getLogger(__name__)
 PIECE_BYTES = 4 * 2**20  # written at a time
 KEEP_BYTES_MAX = 32 * 2**20  # copied out of one segment before it is dropped
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    key: BlockKey
-    bytes: Blocks  # [block_bytes], not to change until `append` is back
-    tenant: Tenant
-    cost_s: float
 
 
 class SegmentStore:
@@ -108,18 +101,34 @@ class SegmentStore:
         """Writes blocks and makes findable those still `wanted` (asked under the lock). One thread only. Raises OSError."""
         done = 0
         while done < len(blocks):
-            file, first = self._room()
-            count = min(len(blocks) - done, file.geometry.slots - first)
-            part = range(done, done + count)
-            records = self._write(file, first, blocks[done : done + count])
-            with self.lock:
-                self.index.extend(file.segment, first + count)
-                unwanted = [
-                    record for n, record in zip(part, records, strict=True) if not self._adopt(blocks[n], record, wanted)
-                ]
-            for record in unwanted:
-                file.clear(record.slot)
-            done += count
+            begun = self.begin(blocks[done:])
+            self.finish(begun, wanted)
+            done += len(begun.blocks)
+
+    @property
+    def room_blocks(self) -> int:
+        """Of the segment that is open. With none the next `begin` opens another, and nothing may be under way then."""
+        return 0 if self._active is None else self._active[0].geometry.slots - self._active[1]
+
+    def begin(self, blocks: Sequence[Written]) -> Appending:
+        """Puts the bytes of the first of `blocks` on their way, a piece at most. One thread only. Raises OSError."""
+        file, first = self._room()
+        count = min(len(blocks), max(1, PIECE_BYTES // self._geometry.block_bytes), file.geometry.slots - first)
+        part = blocks[:count]
+        self._active = (file, first + count)
+        written = self._pool.submit(file.write_bytes, first, [block.bytes.data for block in part])
+        return Appending(file, first, part, written, time.perf_counter())
+
+    def finish(self, begun: Appending, wanted: Callable[[Written], bool]) -> None:
+        """In the order of `begin`: makes blocks findable that are still `wanted` (asked under the lock). Raises OSError."""
+        file, first, blocks = begun.file, begun.first, begun.blocks
+        records = self._headed(begun)
+        with self.lock:
+            self.index.extend(file.segment, first + len(blocks))
+            unwanted = [record for block, record in zip(blocks, records, strict=True) if not self._adopt(block, record, wanted)]
+        for record in unwanted:
+            file.clear(record.slot)
+        self.stats.write_seconds.observe(time.perf_counter() - begun.began_s)
 
     @contextmanager
     def pinned(self, keys: Sequence[BlockKey]) -> Iterator[list[tuple[SegmentFile, Record] | None]]:
@@ -187,30 +196,20 @@ class SegmentStore:
 
     # -- appending: the writer's thread ----------------------------------------------------------------------------
 
-    def _write(self, file: SegmentFile, first: int, blocks: Sequence[Written]) -> list[Record]:
-        """Piece by piece: one thread keeps the disk busy with bytes while this one makes their digests and headers."""
-        size, now_s = max(1, PIECE_BYTES // self._geometry.block_bytes), self._now_s()
-        starts = range(0, len(blocks), size)
-        pieces = [blocks[start : start + size] for start in starts]
-        views = [[block.bytes.data for block in piece] for piece in pieces]
-        writes = [self._pool.submit(file.write_bytes, first + at, data) for at, data in zip(starts, views, strict=True)]
-        records: list[Record] = []
+    def _headed(self, begun: Appending) -> list[Record]:
+        """While a thread keeps the disk busy with bytes, of this piece or the next, this one makes digests and headers."""
+        file, first, now_s = begun.file, begun.first, self._now_s()
         try:
-            for at, piece, written in zip(starts, pieces, writes, strict=True):
-                made = [
-                    Record(file.segment, first + at + n, digest_of(block.bytes), now_s, block.tenant, block.cost_s)
-                    for n, block in enumerate(piece)
-                ]
-                headers = [self._header(block.key, record) for block, record in zip(piece, made, strict=True)]
-                written.result()
-                file.write_headers(first + at, headers)
-                records += made
+            made = [
+                Record(file.segment, first + n, digest_of(block.bytes), now_s, block.tenant, block.cost_s)
+                for n, block in enumerate(begun.blocks)
+            ]
+            headers = [self._header(block.key, record) for block, record in zip(begun.blocks, made, strict=True)]
         finally:
-            for one in writes:
-                one.cancel()
-            wait(writes)  # the blocks are their owner's again once this is back
-        self._active = (file, first + len(blocks))
-        return records
+            begun.settle()  # whatever comes: the blocks are their owner's again once this is back
+        begun.written.result()
+        file.write_headers(first, headers)
+        return made
 
     def _header(self, key: BlockKey, record: Record) -> bytes:
         tenant = self._tenants.note(record.tenant)

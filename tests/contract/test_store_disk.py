@@ -112,7 +112,7 @@ async def test_a_disk_that_fails_in_the_middle_leaves_memory_serving(tmp_path, c
         def full(*args):
             raise OSError(28, "No space left on device")
 
-        disk.tier._store.append = full  # the writer thread meets it as a full disk
+        disk.tier._store.begin = full  # the writer thread meets it as a full disk
         await store.client.offer(worker, keys_of("b", 10))
         await until(lambda: disk.off)
         for name in ("c", "d"):
