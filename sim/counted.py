@@ -32,7 +32,7 @@ StepTime = Callable[[StepShape], float]
 class CountedSequence(Sequence):
     """`tokens` is a range: as long as the tokens would be. `ends_at`: with so many the answer is complete."""
 
-    __slots__ = ("ends_at", "entered_len")
+    __slots__ = ("_stops_at", "ends_at", "entered_len")
 
     def __init__(self, seq_id: int, item: WorkItem, terms: Terms, root: BlockKey, now: float) -> None:
         self.seq_id = seq_id
@@ -44,7 +44,8 @@ class CountedSequence(Sequence):
         self._count(self.entered_len)
         self.prompt_len = item.prompt_len
         self.max_len = item.max_len
-        self.ends_at = min(item.prompt_len + _prompt(item).content.output_tokens, item.max_len)
+        self._stops_at = item.prompt_len + _prompt(item).content.output_tokens
+        self.ends_at = min(self._stops_at, item.max_len)
         self.blocks = []
         self.computed = 0
         self.keys = []
@@ -67,7 +68,7 @@ class CountedSequence(Sequence):
         self._count(length)
         if length < self.ends_at:
             return None
-        return FinishReason.LENGTH if length >= self.max_len else FinishReason.STOP
+        return FinishReason.STOP if length >= self._stops_at else FinishReason.LENGTH
 
     def _count(self, length: int) -> None:
         self.tokens = cast(list[int], range(length))
@@ -109,24 +110,19 @@ class CountedLoop(StepLoop):
             self._look_ahead(now, changes.shape)
         return self._ends[-1]
 
-    def cut(self, now: float) -> float:
-        """Something changes: only the step of this moment is completed. Returns its end."""
-        if len(self._ends) > 1:
-            del self._ends[bisect_left(self._ends, now) + 1 :]
-        return self._ends[-1] if self._ends else now
-
-    def sync(self, now: float) -> None:
-        """The inventory is as it would be in the step of this moment."""
-        if len(self._ends) > 1:
-            self._hold(bisect_left(self._ends, now))
-
-    def done_by(self, now: float) -> StepOutput:
-        """The worker dies: what it had computed by now of several steps. It is of no use afterwards."""
-        done = bisect_left(self._ends, now)
-        if done < 1 or len(self._ends) < 2:
-            return StepOutput()
-        del self._ends[done:]
-        return self.finish()
+    def cut(self, now: float) -> tuple[float, StepOutput]:
+        """Something changes: the step of this moment will be the last one of those under way. Returns its end, and what those
+        before it computed, which is booked: the inventory is as it is in that step."""
+        ends, output = self._ends, StepOutput()
+        done = min(bisect_left(ends, now), len(ends) - 1)
+        if done > 0:
+            rows, context = len(self._work), self._changes.shape.decode_context
+            self._book_many(self._changes, ends[:done])
+            output = self._taken()
+            self._changes = _Changes(shape=StepShape(0, 0, rows, context + done * rows))
+            self._hold(0)
+        self._ends = ends[max(done, 0) : done + 1]
+        return (self._ends[0] if self._ends else now), output
 
     def finish(self) -> StepOutput:
         """Books the steps that `begin` decided, as far as they were not cut."""
@@ -137,6 +133,10 @@ class CountedLoop(StepLoop):
             self._end = ends[0]
             self._book(changes)
         self._ends, self._work = [], []
+        return self._taken()
+
+    def _taken(self) -> StepOutput:
+        changes = self._changes
         left, self._left = self._left, []
         return StepOutput(
             tuple(changes.tokens),

@@ -69,14 +69,8 @@ class ExactLoop(StepLoop):
         self._end = clock.now() if self._output.num_tokens else now
         return self._end
 
-    def cut(self, now: float) -> float:
-        return max(self._end, now)
-
-    def sync(self, now: float) -> None:
-        """Nothing is taken in advance."""
-
-    def done_by(self, now: float) -> StepOutput:
-        return StepOutput()
+    def cut(self, now: float) -> tuple[float, StepOutput]:
+        return max(self._end, now), StepOutput()
 
     def finish(self) -> StepOutput:
         output, self._output = self._output, StepOutput()

@@ -61,7 +61,7 @@ class SimIngests:
         if worker.load.running + worker.load.waiting + len(self) >= worker.config.max_running:
             self._refuse(key, f"{worker.config.max_running} requests run here already")
             return
-        worker.sync()
+        worker.cut()
         inventory, now = worker.inventory, worker.site.events.now()
         keys = keys_of(worker, item)
         found = inventory.match(keys) if worker.config.prefix_cache else []

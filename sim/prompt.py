@@ -18,6 +18,8 @@ from sim.workload import Arrival
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
+OWN = 0xD1B54A32D192ED03
+"""Keeps the numbers of requests apart from the names of blocks."""
 STOP_ID = 0
 """The token that ends an answer; no other token has this id."""
 VOCABULARY = 50_000
@@ -46,7 +48,7 @@ class Content:
 
     def __init__(self, arrival: Arrival, number: int, size: int) -> None:
         """`size`: tokens per block of KV."""
-        self.number = mix((number + 1) * GOLDEN & MASK)
+        self.number = mix(((number + 1) * GOLDEN & MASK) ^ OWN)
         self.size = size
         self.input_tokens = arrival.input_tokens
         self.output_tokens = arrival.output_tokens

@@ -85,6 +85,7 @@ class SimWorker:
         peer = self.talk.peer(router)
         match command:
             case ev.SendCancel(_, key):
+                self.cut()
                 running = self.table.cancel(key, self.site.events.now())
                 if running is not None:
                     self.stop(running)
@@ -123,7 +124,7 @@ class SimWorker:
         if self._step is None:
             self._turn()
         else:
-            self._cut()
+            self.cut()
 
     def submit(self, item: WorkItem, now: float, terms: Terms, blocks: list[int] | None = None, computed: int = 0) -> bool:
         """False when the engine did not take it; whoever asked has been told and the blocks are released."""
@@ -147,18 +148,15 @@ class SimWorker:
         if self._step is None:
             self._turn()
         elif self.load.waiting:
-            self._cut()
+            self.cut()
 
-    def sync(self) -> None:
-        """Before the inventory is used from outside the engine."""
-        if self._step is not None:
-            self.engine.sync(self.site.events.now())
-            self._cut()
-
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """Before anything is changed or taken from outside the engine: only the step of this moment goes on."""
         step = self._step
         if step is not None:
-            end = self.engine.cut(self.site.events.now())
+            end, output = self.engine.cut(self.site.events.now())
+            if output.tokens:
+                self.talk.tokens(output.tokens)
             if end < step.when:
                 step.cancel()
                 self._step = self.site.events.at(end, self._stepped)
@@ -232,10 +230,8 @@ class SimWorker:
 
     def die(self) -> None:
         """At once, with everything it holds. Tokens of steps that were complete were sent before."""
+        self.cut()
         if self._step is not None:
-            output = self.engine.done_by(self.site.events.now())
-            if output.tokens:
-                self.talk.tokens(output.tokens)
             self._step.cancel()
             self._step = None
         self.alive = False

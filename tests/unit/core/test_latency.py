@@ -37,12 +37,12 @@ def test_the_slowest_tenth_is_rounded_up() -> None:
 def test_a_request_without_a_gap_has_met_any_limit_on_gaps() -> None:
     request = trace(0.2)
     assert (request.tpot_s, request.tbt_s) == (None, None)
-    assert request.met(0.001, request.tbt_s)
+    assert summarize([request], Slo(tbt_s=0.001, tpot_s=0.001), 1.0)["attainment"]["tbt"] == 1.0
 
 
 def test_a_refused_request_has_met_nothing() -> None:
     request = trace(outcome=REJECTED)
-    assert not request.met(None, request.ttft_s)
+    assert set(summarize([request], Slo(), 1.0)["attainment"].values()) == {0.0}
 
 
 def test_a_run_is_judged_over_all_that_arrived() -> None:
