@@ -10,6 +10,7 @@ from engine.output import Prefilled
 from engine.role import Terms
 from kvtransfer.handoff import Export, ExportState
 from router import events as ev
+from sim.fetches import SimFetches
 
 if TYPE_CHECKING:
     from sim.worker import SimWorker
@@ -30,6 +31,7 @@ class SimExports:
         self._lease_s = worker.site.config.transfer.lease_s
         self._terms = Terms(hand_over=True, lease_s=self._lease_s)
         self._offers: dict[AttemptKey, _Offer] = {}
+        self.fetches = SimFetches(worker)
 
     def __contains__(self, key: object) -> bool:
         return key in self._offers
@@ -42,7 +44,7 @@ class SimExports:
     def open(self, item: WorkItem) -> None:
         """A prompt to be computed and handed over."""
         self._offers[item.key] = _Offer(Export(item.key, self._lease_s, self._worker.site.events.now()))
-        self._worker.call(lambda now: self._submit(item, now))
+        self.fetches.admit(item, lambda: self._worker.call(lambda now: self._submit(item, now)))
 
     def _submit(self, item: WorkItem, now: float) -> None:
         worker, key = self._worker, item.key
