@@ -89,13 +89,13 @@ class Conductor(Scored):
 
     wants_keys = True
     BALANCE_RATIO = 1.5  # the paper gives none: "hand-tuned"
-    FETCH_BYTES_PER_S, FETCH_LATENCY_S = 2e9, 2e-3
 
     def prefill_scores(self, situation: Situation, pool: Pool, need: Need) -> tuple[Column, ...]:
         own = matched_tokens(situation, pool, need)
         longest = own.max() if own.size else 0.0
-        fetches = longest > self.BALANCE_RATIO * own
-        fetch_s = self.FETCH_LATENCY_S + (longest - own) * situation.token_bytes / self.FETCH_BYTES_PER_S
+        fetches = longest > self.BALANCE_RATIO * own if situation.fetches else np.zeros(len(pool), dtype=np.bool_)
+        link = situation.view.link
+        fetch_s = link.latency_s + (longest - own) * situation.token_bytes / link.bytes_per_s
         alone = pool.prefill_s(need.tokens - own, own)
         helped = fetch_s + pool.prefill_s(need.tokens - longest, longest)
         return (pool.queue_s() + np.where(fetches, np.minimum(alone, helped), alone), pool.waiting_tokens)

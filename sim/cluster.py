@@ -10,6 +10,7 @@ from types import MappingProxyType
 from cluster.membership import Membership
 from cluster.reconcile import Forget, GiveUp, Launch, Reconciler, RestartPolicy, Stop
 from core.config import ClusterConfig, Config, EngineConfig
+from core.cost_model import LinkCost
 from core.errors import StaleEpochError
 from core.report import WorkerReport, WorkerState
 from core.request import WorkerRole
@@ -218,7 +219,8 @@ class SimController:
                 self._views[name] = known = (member.report, worker_view(member.report, member.age_s))
             view = known[1]
             views[name] = view if view.age_s == member.age_s else replace(view, age_s=member.age_s)
-        return ClusterView(snapshot.version, MappingProxyType(views))
+        links = self._site.config.sim.links
+        return ClusterView(snapshot.version, MappingProxyType(views), LinkCost(links.latency, float(links.bandwidth)))
 
 
 def _engine(config: EngineConfig, pool: PoolConfig) -> EngineConfig:

@@ -51,7 +51,11 @@ class SimRouter:
         self.site = site
         self._users = users
         placer = SimPlacer(
-            make_policy(policy), config.stale_after_s, streams.stream(f"draws of {name}"), config.index_blocks_max
+            make_policy(policy),
+            config.stale_after_s,
+            streams.stream(f"draws of {name}"),
+            config.index_blocks_max,
+            site.config.store.fetch,
         )
         self.room = WaitingRoom(config)
         limits = Limits(config.queue_timeout_s, config.request_timeout_s, config.max_attempts)
