@@ -22,7 +22,8 @@ StepTime = Callable[[StepShape], float]
 @dataclass(eq=False, slots=True)
 class Task:
     """One phase of a request. `left`: iterations, 1 for a prompt; `kv_tokens`: memory that beginning it takes;
-    `start_s`: of its first iteration."""
+    `context`: tokens
+    that a decode looks at; `start_s`: of its first iteration."""
 
     request: int
     arrival_s: float
@@ -30,6 +31,7 @@ class Task:
     tokens: int
     left: int
     kv_tokens: int
+    context: int = 0
     passed_over: int = 0
     begun: bool = False
     start_s: float = -1.0
@@ -99,7 +101,8 @@ class Machine:
                 task.start_s = now
         prompt_tokens = sum(task.tokens for task in self.batch if task.prompt)
         rows = sum(not task.prompt for task in self.batch)
-        self._step, self._start = self.step_s(StepShape(prompt_tokens, 0, rows, 0)), now
+        context = sum(task.context for task in self.batch)
+        self._step, self._start = self.step_s(StepShape(prompt_tokens, 0, rows, context)), now
         self.iterations = 1 if prompt_tokens else min(task.left for task in self.batch)
         self.event += 1
         return True
@@ -108,6 +111,7 @@ class Machine:
         """The iterations are over; who is done leaves. `start` is to follow."""
         for task in self.batch:
             task.left -= 1 if task.prompt else self.iterations
+            task.context += 0 if task.prompt else self.iterations
         done = [task for task in self.batch if task.left <= 0]
         self.batch = [task for task in self.batch if task.left > 0]
         return done

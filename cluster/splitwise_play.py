@@ -140,7 +140,8 @@ class _Cluster:
 
     def _decode(self, number: int) -> Task:
         request = self._requests[number]
-        return Task(number, request.arrival_s, False, 1, request.output_tokens - 1, request.output_tokens - 1)
+        left = request.output_tokens - 1
+        return Task(number, request.arrival_s, False, 1, left, left, request.input_tokens + 1)
 
     def _ended(self, machine: Machine, number: int, now: float) -> None:
         request, (first, second) = self._requests[number], self._places[number]
