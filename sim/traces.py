@@ -29,7 +29,7 @@ _BUFFER_BYTES = 1 << 18
 
 def trace_format(path: str) -> Format:
     """What kind of trace the file is. Raises ConfigError when it is missing or of no known format."""
-    with _opened(path) as lines:
+    with opened(path) as lines:
         return recognise(path, lines.readline())
 
 
@@ -43,7 +43,7 @@ def read_trace(
 
     Raises ConfigError when the file is missing, of no known format or damaged, naming row and column.
     """
-    with _opened(path) as lines:
+    with opened(path) as lines:
         first = lines.readline()
         format = recognise(path, first)
         if format.untimed != (due is not None):
@@ -69,7 +69,7 @@ _OUTPUTS = "lengths of answers of its own"
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[TextIO]:
+def opened(path: str) -> Iterator[TextIO]:
     try:
         with Path(path).open("rb") as file:
             zipped = file.read(2) == _GZIP_MAGIC

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Protocol
 
+from core.errors import ConfigError
 from sim.traces import read_trace, trace_format
 from sim.workload import Arrival
 from tandem.errors import InvalidRequestError
@@ -92,7 +93,10 @@ class Pairs:
         Raises ConfigError as `sim.traces.read_trace` does, and when there is none.
         """
         due = repeat(0.0) if trace_format(path).untimed else None
-        return cls([(a.input_tokens, a.output_tokens) for a in islice(read_trace(path, due=due), most)])
+        pairs = [(a.input_tokens, a.output_tokens) for a in islice(read_trace(path, due=due), most)]
+        if not pairs:
+            raise ConfigError(f"{path} has no requests whose lengths could be drawn")
+        return cls(pairs)
 
     def draw(self, rng: random.Random) -> tuple[int, int]:
         return rng.choice(self.pairs)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import ConfigError
@@ -224,6 +224,7 @@ arrivals_strategy = st.lists(
 ).map(lambda rows: sorted(rows, key=lambda row: row[0]))
 
 
+@settings(deadline=None)
 @given(arrivals_strategy)
 def test_any_workload_survives_being_written_and_read(rows: list[tuple[int, int, int]]) -> None:
     start = rows[0][0]
@@ -232,6 +233,7 @@ def test_any_workload_survives_being_written_and_read(rows: list[tuple[int, int,
     assert found == [(ms - start, asked, told) for ms, asked, told in rows]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60) | st.binary(max_size=60).map(lambda data: data.decode("latin1")))
 def test_a_row_of_anything_is_read_or_named(row: str) -> None:
     for head in (HEAD + "0,5,5\n", AZURE, ROW):
