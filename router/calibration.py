@@ -2,7 +2,9 @@
 
 A worker learns what its steps cost while they run. Left out are the way there and back, time lost between steps, other
 processes on the same cores, and the turn a hand-off waits for: none of them is known beforehand, all of them are steady for a
-while. So the median of the latest few outcomes of each worker corrects what is predicted next; one odd request moves nothing.
+while. So the median of the latest outcomes of each worker corrects what is predicted next; one odd request moves nothing.
+A worker does not say how long a prompt waited for the step that was under way when it came. Of the way there and back the
+lower quartile counts, which is that to an idle worker; what remains was spent computing, its own prompt or others.
 
 What is kept is how long a standard chunk of prompt and a standard gap really took, not by how much a prediction was off:
 workers fit their costs anew all the time, and a factor on an older fit would count twice what the new one knows.
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from router.facts import Facts
     from router.policy import Candidate
 
-REMEMBERED = 15
+REMEMBERED = 31
+QUARTILE, MEDIAN = 0.25, 0.5
 OUTCOMES_MIN = 3
 CHUNK_TOKENS = 256
 GAP_CONTEXT = 256
@@ -53,10 +56,12 @@ class Calibration:
     def observe(self, chosen: Candidate, at_s: float, facts: Facts) -> None:
         """A request ended where it had been placed by this candidate, `at_s` after its arrival."""
         first, decode = chosen.pair.prefill or chosen.pair.decode, chosen.pair.decode
-        computing_s = facts.prefill.queue_s + facts.prefill.prefill_s
         if facts.first_token_at is not None and facts.prefill.prefill_s > 0:
-            self._add(first, "overhead_s", max(facts.first_token_at - facts.arrived_at - at_s - computing_s, 0.0))
+            whole_s = facts.first_token_at - facts.arrived_at - at_s
+            late_s = max(whole_s - facts.prefill.queue_s - facts.prefill.prefill_s, 0.0)
+            overhead_s = self._add(first, "overhead_s", late_s, QUARTILE)
             if chosen.queue_s + chosen.prefill_s > MEASURABLE_S:
+                computing_s = max(whole_s - overhead_s, facts.prefill.prefill_s)
                 self._add(first, "chunk_s", computing_s / (chosen.queue_s + chosen.prefill_s) * chosen.standard_chunk_s)
         if facts.first_token_at is None or facts.second_token_at is None or facts.last_token_at is None or facts.num_tokens < 3:
             return
@@ -67,11 +72,14 @@ class Calibration:
             late_s = facts.second_token_at - facts.first_token_at - gap_s - facts.decode.transfer_exposed_s
             self._add(decode, "join_s", max(late_s, 0.0))
 
-    def _add(self, worker: str, name: str, value: float) -> None:
+    def _add(self, worker: str, name: str, value: float, share: float = MEDIAN) -> float:
+        """Returns what the latest say now."""
         series = self._workers.setdefault(worker, {}).setdefault(name, deque(maxlen=REMEMBERED))
         series.append(value)
         self._workers.move_to_end(worker)
+        found = sorted(series)[int(len(series) * share)]
         if len(series) >= OUTCOMES_MIN:
-            self._known[worker] = self.of(worker)._replace(**{name: sorted(series)[len(series) // 2]})
+            self._known[worker] = self.of(worker)._replace(**{name: found})
         while len(self._workers) > WORKERS_MAX:
             self._known.pop(self._workers.popitem(last=False)[0], None)
+        return found

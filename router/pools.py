@@ -7,9 +7,8 @@ our claims of now are added: a burst does not herd onto one worker, and what we 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +17,8 @@ import numpy.typing as npt
 from core.cost_model import StepCost
 from core.request import WorkerRole
 from router.block_index import BlockIndex
-from router.calibration import CHUNK_TOKENS, GAP_CONTEXT, Calibration
-from router.view import NOTHING, Claims, Held, WorkerView
+from router.calibration import CHUNK_TOKENS, GAP_CONTEXT, NO_CORRECTION, Calibration
+from router.view import Claims, Held, WorkerView
 
 Column = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -69,25 +68,23 @@ class Pool:
         then: Mapping[str, Held] | None = None,
         seen_at: float = 0.0,
         calibration: Calibration | None = None,
-        typical: StepCost | None = None,
+        typical: Callable[[], StepCost | None] = lambda: None,
     ) -> None:
         self.names = tuple(worker.worker_id for worker in workers)
         self.row = {name: row for row, name in enumerate(self.names)}
         self._claims = claims
-        fresh = np.array([worker.age_s <= stale_after_s for worker in workers], dtype=np.bool_)
-        held = claims.all_held() if then is None else then
-        ours = [held.get(name, NOTHING) for name in self.names]
-        self._other_tokens = _others([w.waiting_tokens for w in workers], [h.prefill_tokens for h in ours], fresh)
-        self._other_running = _others([w.running + w.waiting for w in workers], [h.running for h in ours], fresh)
-        self._other_context = _others([w.context_tokens for w in workers], [h.context_tokens for h in ours], fresh)
+        tokens, running, context, room, blocks, block_tokens, age_s = _reported(workers)
+        ours = self._ours(claims.all_held() if then is None else then)
+        fresh = age_s <= stale_after_s
+        self._other_tokens, self._other_running, self._other_context = (
+            _others(reported, held, fresh) for reported, held in zip((tokens, running, context), ours, strict=True)
+        )
         self._seen_at = seen_at
-        self.room_blocks = _column([worker.blocks_free + worker.blocks_cached for worker in workers])
-        self.blocks = _column([max(worker.blocks_total, 1) for worker in workers])
-        self.block_tokens = _column([worker.layout.block_size if worker.layout else 1 for worker in workers])
-        self.room_tokens = self.room_blocks * self.block_tokens
-        known = calibration or Calibration()
-        each = [known.of(name) for name in self.names]
-        self.corrections = Corrections(*(_column([getattr(one, name) for one in each]) for name in Corrections._fields))
+        self.room_blocks: Column = room
+        self.block_tokens: Column = block_tokens
+        self.blocks = np.maximum(blocks, 1.0)
+        self.room_tokens: Column = room * block_tokens
+        self.corrections = _corrections(calibration or Calibration(), self.names)
         self.cost = _corrected(_costs(workers, typical), self.corrections, [w.role is WorkerRole.PREFILL for w in workers])
         self.standard_chunk_s, self.standard_gap_s = _chunk_s(self.cost), _gap_s(self.cost)
         self.shared_token_s = float(self.cost.prefill_token_s.mean()) / len(self.names) if self.names else 0.0
@@ -107,6 +104,15 @@ class Pool:
         self.context = np.where(self.running > 0, self._other_context, 0.0)
         self._others_s = self._work_s(self._other_tokens, self._other_tokens * TYPICAL_PROMPT_TOKENS)
         self.gap_now_s = self.gap_s()
+
+    def _ours(self, held: Mapping[str, Held]) -> npt.NDArray[np.float64]:
+        """Tokens, requests and context of these claims, by row."""
+        ours = np.zeros((3, len(self.names)))
+        for name, one in held.items():
+            row = self.row.get(name)
+            if row is not None:
+                ours[0, row], ours[1, row], ours[2, row] = one.prefill_tokens, one.running, one.context_tokens
+        return ours
 
     def __len__(self) -> int:
         return len(self.names)
@@ -211,19 +217,35 @@ def best(score: Column, mask: Mask, *ties: Column) -> int | None:
     return int(rows[0]) if rows.size else None
 
 
-def _column(values: Sequence[float]) -> Column:
-    return np.array(values, dtype=np.float64)
+def _reported(workers: Sequence[WorkerView]) -> npt.NDArray[np.float64]:
+    """Waiting tokens, requests, context, blocks to be had, blocks in all, tokens per block, age: a row of each."""
+    table = [
+        (
+            one.waiting_tokens,
+            one.running + one.waiting,
+            one.context_tokens,
+            one.blocks_free + one.blocks_cached,
+            one.blocks_total,
+            one.layout.block_size if one.layout else 1,
+            one.age_s,
+        )
+        for one in workers
+    ]
+    return np.array(table, dtype=np.float64).reshape(-1, 7).T.copy()
 
 
-def _discounted(values: Sequence[float], fresh: Mask) -> Column:
-    column = np.maximum(_column(values), 0.0)  # a worker that reports nonsense is not the least loaded one for it
+def _corrections(known: Calibration, names: Sequence[str]) -> Corrections:
+    each = [known.of(name) for name in names]
+    if all(one is NO_CORRECTION for one in each):
+        return Corrections(*np.zeros((len(Corrections._fields), len(names))))
+    return Corrections(*np.array(each, dtype=np.float64).T.copy())
+
+
+def _others(reported: Column, ours: Column, fresh: Mask) -> Column:
+    column = np.maximum(reported, 0.0)  # a worker that reports nonsense is not the least loaded one for it
     if column.size and not fresh.all():
         column = np.where(fresh, column, np.maximum(column, column.mean()))
-    return column
-
-
-def _others(reported: Sequence[float], ours: Sequence[float], fresh: Mask) -> Column:
-    return np.maximum(_discounted(reported, fresh) - _column(ours), 0.0)
+    return np.maximum(column - ours, 0.0)
 
 
 def _corrected(cost: CostColumns, known: Corrections, prefills_only: Sequence[bool]) -> CostColumns:
@@ -255,22 +277,29 @@ def _gap_s(cost: CostColumns) -> Column:
 
 def typical_cost(workers: Iterable[WorkerView]) -> StepCost | None:
     """The median of each coefficient over those that have learned it; None while nobody has learned anything."""
-    known = [worker.step_cost for worker in workers if worker.step_cost is not None]
-    if not known:
+    return _typical([_coefficients(worker.step_cost) for worker in workers if worker.step_cost is not None])
+
+
+def _typical(learned: Sequence[tuple[float, ...]]) -> StepCost | None:
+    if not learned:
         return None
-    learned = ([value for cost in known if (value := getattr(cost, name)) > 0] for name in CostColumns._fields)
-    return StepCost(*(float(np.median(values)) if values else 0.0 for values in learned))
+    columns = np.array(learned, dtype=np.float64).T
+    return StepCost(*(float(np.median(known)) if (known := column[column > 0]).size else 0.0 for column in columns))
 
 
-def _costs(workers: Sequence[WorkerView], typical: StepCost | None) -> CostColumns:
-    own = typical_cost(workers)
-    here, anywhere = own or typical or UNKNOWN_COST, typical or own or UNKNOWN_COST
-    each = [_with_prompts(worker.step_cost or here, anywhere) for worker in workers]
-    return CostColumns(*(_column([getattr(cost, name) for cost in each]) for name in CostColumns._fields))
+def _costs(workers: Sequence[WorkerView], typical: Callable[[], StepCost | None]) -> CostColumns:
+    learned = [_coefficients(worker.step_cost) for worker in workers if worker.step_cost is not None]
+    table = learned
+    if len(learned) < len(workers):
+        here = _coefficients(_typical(learned) or typical() or UNKNOWN_COST)
+        table = [here if worker.step_cost is None else _coefficients(worker.step_cost) for worker in workers]
+    cost = CostColumns(*np.array(table, dtype=np.float64).reshape(-1, 5).T.copy())
+    without = (cost.prefill_token_s <= 0) & (cost.prefill_pair_s <= 0)  # a fit without a single prompt: they cost nothing
+    if without.any():
+        anywhere = typical() or _typical(learned) or UNKNOWN_COST
+        cost.prefill_token_s[without], cost.prefill_pair_s[without] = anywhere.prefill_token_s, anywhere.prefill_pair_s
+    return cost
 
 
-def _with_prompts(cost: StepCost, other: StepCost) -> StepCost:
-    """A fit without a single prompt says that prompts cost nothing."""
-    if cost.prefill_token_s > 0 or cost.prefill_pair_s > 0:
-        return cost
-    return replace(cost, prefill_token_s=other.prefill_token_s, prefill_pair_s=other.prefill_pair_s)
+def _coefficients(cost: StepCost) -> tuple[float, ...]:
+    return cost.base_s, cost.prefill_token_s, cost.prefill_pair_s, cost.decode_row_s, cost.decode_context_s

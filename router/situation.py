@@ -48,13 +48,13 @@ class Situation:
 
     def candidates(self, role: WorkerRole, avoid: frozenset[str] = NOBODY) -> list[WorkerView]:
         """Connected, ready workers of a role, in a fixed order."""
-        return [
-            worker
-            for worker_id in sorted(self.connected - avoid)
-            if (worker := self.view.workers.get(worker_id)) is not None
-            and worker.role is role
-            and worker.state is WorkerState.READY
-        ]
+        return [worker for worker in self._ready if worker.role is role and worker.worker_id not in avoid]
+
+    @cached_property
+    def _ready(self) -> list[WorkerView]:
+        known = self.view.workers
+        found = (known[name] for name in sorted(self.connected & known.keys()))
+        return [worker for worker in found if worker.state is WorkerState.READY]
 
     @cached_property
     def prefill(self) -> Pool:
@@ -109,4 +109,4 @@ class Situation:
 
     def _pool(self, role: WorkerRole) -> Pool:
         workers, stale_after_s = self.candidates(role), self.stale_after_s - self.older_s
-        return Pool(workers, self.claims, stale_after_s, self.then, self.seen_at, self.calibration, self._typical)
+        return Pool(workers, self.claims, stale_after_s, self.then, self.seen_at, self.calibration, lambda: self._typical)

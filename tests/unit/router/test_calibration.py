@@ -1,4 +1,4 @@
-"""Corrections learned from outcomes: the median of the latest, per worker, bounded."""
+"""Corrections learned from outcomes: of the latest, per worker, bounded."""
 
 from __future__ import annotations
 
@@ -72,6 +72,15 @@ def test_one_odd_request_moves_nothing():
     before = known.of("p0"), known.of("d0")
     known.observe(predicted(), 0.5, fared(computing_s=50.0, overhead_s=9.0, gap_s=7.0, join_s=8.0))
     assert (known.of("p0"), known.of("d0")) == before
+
+
+def test_waiting_for_a_step_under_way_is_computing_and_not_the_way_there():
+    known = Calibration()
+    for number in range(REMEMBERED):
+        facts = fared(overhead_s=0.11 if number % 3 else 0.01)  # of which the worker says nothing
+        known.observe(predicted(), 0.5, facts)
+    assert known.of("p0").overhead_s == pytest.approx(0.01)
+    assert known.of("p0").chunk_s == pytest.approx(0.512 * 0.3 / 0.2), "most of them waited"
 
 
 def test_what_was_long_ago_is_forgotten():
