@@ -259,7 +259,10 @@ class Exports:
             return
         missing = self._without_digest(job.records)
         if not self._jobs and len(missing) * self.arena.block_bytes <= INLINE_BYTES_MAX:
-            self._apply(job, self._digests(missing))
+            try:
+                self._apply(job, self._digests(missing))
+            except Exception:
+                self._mistaken(job)
             return
         self._jobs.append(job)  # removed when it has been applied: later ones queue behind it
         if self._worker is None or self._worker.done():
@@ -272,11 +275,15 @@ class Exports:
             try:
                 missing = self._without_digest(job.records)
                 self._apply(job, await loop.run_in_executor(self._pool, self._digests, missing))
-            except Exception:  # our own mistake must not hold up the announcements of other requests
-                log.exception("announcing blocks of %s failed", job.key)
-                self.revoke(job.key, "its blocks could not be announced")
+            except Exception:
+                self._mistaken(job)
             finally:
                 self._jobs.popleft()
+
+    def _mistaken(self, job: _Job) -> None:
+        """Our own mistake, in an `except`: it must not hold up the announcements of other requests."""
+        log.exception("announcing blocks of %s failed", job.key)
+        self.revoke(job.key, "its blocks could not be announced")
 
     def _without_digest(self, records: Sequence[BlockRecord]) -> list[int]:
         if not self._digest:

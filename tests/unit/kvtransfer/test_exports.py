@@ -84,7 +84,7 @@ async def test_digests_can_be_off():
 
 
 async def test_a_closing_record_never_overtakes_blocks():
-    world = World(block_bytes=400_000)  # digests go to the thread
+    world = World(block_bytes=5_000_000)  # digests go to the thread
     world.exports.open(KEY, 10.0)
     follower = world.exports.follow(KEY, 5)
     records = world.blocks(6)
@@ -103,8 +103,9 @@ async def test_a_closing_record_never_overtakes_blocks():
     await world.exports.close()
 
 
-async def test_a_mistake_in_one_announcement_does_not_hold_up_the_others(caplog):
-    world = World(block_bytes=400_000)
+@pytest.mark.parametrize("block_bytes", [4_000, 5_000_000], ids=["digested on the spot", "digested by a thread"])
+async def test_a_mistake_in_one_announcement_does_not_hold_up_the_others(block_bytes, caplog):
+    world = World(block_bytes=block_bytes)
     other = AttemptKey("other", 1)
     for key in (KEY, other):
         world.exports.open(key, 10.0)

@@ -180,8 +180,8 @@ async def test_what_waits_together_is_one_message(address, links, handler):
         told = [event.WhichOneof("event") for event in each_event(first)]
         assert told == ["tokens"] * EVENTS_PER_MESSAGE
         assert [event.WhichOneof("event") for event in each_event(second)] == ["tokens", "tokens", "joined"]
-        positions = [event.tokens.tokens[0].position for message in (first, second) for event in each_event(message)][:-1]
-        assert positions == list(range(EVENTS_PER_MESSAGE + 2))
+        both = [*each_event(first), *each_event(second)][:-1]
+        assert [event.tokens.tokens[0].position for event in both] == list(range(EVENTS_PER_MESSAGE + 2))
 
 
 async def test_a_refused_item_fails_its_attempt_and_nothing_else(address, links, handler):
