@@ -28,22 +28,20 @@ NEAR = 0.9
 
 
 class Goal(NamedTuple):
-    """What predictions of the first token and of gaps may be (infinity where there is no limit), and the tokens expected."""
+    """What predictions of the first token and of gaps may be (infinity where there is no limit), and the tokens expected.
+    `tenth`: of one late gap, what it adds to the mean of the slowest tenth of gaps."""
 
     ttft_s: float
     gap_s: float
     output_tokens: float
+    tenth: float
 
     @staticmethod
     def of(need: Need) -> Goal:
         gaps = [limit for limit in (need.slo.tbt_s, need.slo.tpot_s) if limit is not None]
         ttft_s = need.slo.ttft_s or math.inf
-        return Goal(NEAR * ttft_s, NEAR * min(gaps) if gaps else math.inf, need.output_tokens)
-
-    @property
-    def slowest_tenth(self) -> float:
-        """Of one late gap, what it adds to the mean of the slowest tenth of gaps."""
-        return 1 / max(1.0, self.output_tokens / 10)
+        tenth = 1 / max(1.0, need.output_tokens / 10)
+        return Goal(NEAR * ttft_s, NEAR * min(gaps) if gaps else math.inf, need.output_tokens, tenth)
 
 
 Rank = tuple[float, float, float, float, str]
@@ -95,7 +93,7 @@ class Split:
         computed_s = self._queue_s + self._prefill_s
         self._ttft_s = prefill.corrections.overhead_s + computed_s
         link = situation.view.link
-        self._exposed_s = link.latency_s + np.minimum(new, CHUNK_TOKENS) * (situation.token_bytes / link.bytes_per_s)
+        self._new, self._latency_s, self._token_s = new, link.latency_s, situation.token_bytes / link.bytes_per_s
         before_s = _met_there(prefill, decode, goal, float(computed_s.min()))
         cost = decode.cost
         self._step_s = before_s + cost.decode_row_s + cost.decode_context_s * (need.tokens + need.output_tokens / 2)
@@ -103,10 +101,12 @@ class Split:
 
     def best(self, may_prefill: Rows, may_decode: Rows) -> list[Ranked]:
         """The best pairs of these rows, in no order."""
-        goal, tenth = self._goal, self._goal.slowest_tenth
+        goal, tenth = self._goal, self._goal.tenth
         prefill, decode, harmed_ = self._prefill, self._decode, self._harmed
-        first_s = self._ttft_s + goal.output_tokens * tenth * self._exposed_s
-        gap_s = self._step_s + tenth * (decode.corrections.join_s + float(self._exposed_s.max()))
+        first_s, last_chunk = self._ttft_s, CHUNK_TOKENS * self._token_s
+        if self._new.min() < CHUNK_TOKENS:
+            first_s = first_s + goal.output_tokens * tenth * self._token_s * np.minimum(self._new, CHUNK_TOKENS)
+        gap_s = self._step_s + tenth * (decode.corrections.join_s + (self._latency_s + last_chunk))
         first = _best(may_prefill, _missing(None, (self._ttft_s, goal.ttft_s)), first_s)
         then = _best(may_decode, _missing(harmed_, (gap_s, goal.gap_s)), gap_s)
         sides = [
@@ -116,7 +116,7 @@ class Split:
         ]  # fmt: skip
         pairs = []
         for n, p in enumerate(first, start=1):
-            ttft_s, late_s = self._ttft_s.item(p), tenth * self._exposed_s.item(p)
+            ttft_s, late_s = self._ttft_s.item(p), tenth * self._exposed_s(p)
             name, load = prefill.names[p], prefill.waiting_tokens.item(p)
             for d, its_name, its_gap_s, its_load, harm in sides[: LOOKED_AT // n]:  # who is better on both sides comes first
                 rank = _rank(goal, harm, ttft_s, its_gap_s + late_s, load + its_load, its_name + name)
@@ -129,7 +129,7 @@ class Split:
         return Candidate(
             Pair(prefill.names[p], decode.names[d]),
             self._ttft_s.item(p),
-            step_s + goal.slowest_tenth * late_s,
+            step_s + goal.tenth * late_s,
             rank[2],
             _reason(rank),
             overhead_s=prefill.corrections.overhead_s.item(p),
@@ -142,9 +142,13 @@ class Split:
             standard_gap_s=decode.standard_gap_s.item(d),
         )
 
+    def _exposed_s(self, p: int) -> float:
+        """What of the transfer is left when the last chunk is computed."""
+        return self._latency_s + min(float(self._new.item(p)), CHUNK_TOKENS) * self._token_s
+
     def _late_s(self, p: int, d: int) -> float:
         """What the hand-off adds to the first gap."""
-        return float(self._exposed_s.item(p) + self._decode.corrections.join_s.item(d))
+        return self._exposed_s(p) + float(self._decode.corrections.join_s.item(d))
 
 
 class Whole:
@@ -294,15 +298,15 @@ def _best(rows: Rows, missed: Column | None, column: Column) -> list[int]:
     limit is missed grows with the column. Of those that tie, any."""
     kept: list[int] = []
     while rows.size and len(kept) < LOOKED_AT:
-        some, rest, room = rows, rows[:0], LOOKED_AT - len(kept)
+        some, room = rows, LOOKED_AT - len(kept)
         if missed is not None and rows.size > 1:
             misses = missed[rows]
             fewest = misses == misses.min()
-            some, rest = rows[fewest], rows[~fewest]
-        values = column[some]
+            some = rows[fewest]
+        values, nearest = column[some], some
         if some.size > room:
             near = values <= np.partition(values, room - 1)[room - 1]
-            some, values = some[near], values[near]
-        kept += [row for _, row in sorted(zip(values.tolist(), some.tolist(), strict=True))[:room]]
-        rows = rest
+            nearest, values = some[near], values[near]
+        kept += [row for _, row in sorted(zip(values.tolist(), nearest.tolist(), strict=True))[:room]]
+        rows = rows[~fewest] if some.size < min(room, rows.size) else rows[:0]
     return kept
