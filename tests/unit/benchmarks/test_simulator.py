@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,13 @@ def test_without_its_trace_mooncake_is_a_row_without_a_figure() -> None:
 
 
 def test_a_script_that_is_missing_or_fails_is_a_row(tmp_path: Path) -> None:
-    assert simulator.rows_of("no_such_part", None, True, tmp_path)[0].verdict == "not measured"
-    rows = simulator.rows_of("roofline", tmp_path / "nowhere", True, tmp_path)
+    assert simulator.rows_of("no_such_part", None, True, tmp_path, time.monotonic() + 60)[0].verdict == "not measured"
+    rows = simulator.rows_of("roofline", tmp_path / "nowhere", True, tmp_path, time.monotonic() + 60)
     assert rows[0].verdict == "not measured"
     assert "nowhere" in rows[0].how
 
 
-def test_a_scripts_rows_are_collected(tmp_path: Path) -> None:
-    rows = simulator.rows_of("roofline", None, True, tmp_path)
+def test_rows_of_several_scripts_are_collected() -> None:
+    rows = list(simulator.collect(["roofline", "papers"], None, quick=True))
     assert all(isinstance(row, Row) for row in rows)
-    assert "roofline.unseen" in {row.id for row in rows}
+    assert {"roofline.unseen", "vtc.max"} <= {row.id for row in rows}
