@@ -95,8 +95,8 @@ class BlockIndex:
 
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """Asked again for the same sequence, before anything changed, it answers at once."""
-        if not keys or not self.slots.alive:
-            return NOTHING_KNOWN
+        if not keys or not self.slots.alive:  # as long as `places` counts, though nobody is left
+            return Match(np.zeros(len(self.slots.names) + 1), 0)
         if self._matched[0] is not keys:
             self._matched = (keys, self._match(short_keys(keys)))
         return self._matched[1]

@@ -108,6 +108,15 @@ def test_places_follow_the_nodes():
     assert index.match(KEYS).depths[index.places(("b", "nobody", "a"))].tolist() == [3, 0, 0]
 
 
+def test_places_count_after_everybody_went():
+    index = BlockIndex(1000)
+    for name in ("a", "b"):
+        index.heard(name, said(0, 1, *KEYS[:2]))
+    for name in ("a", "b"):
+        index.forget(name)
+    assert index.match(KEYS).depths[index.places(("a", "c"))].tolist() == [0, 0]
+
+
 class Stories(RuleBasedStateMachine):
     """Nodes with real inventories, sessions that lose and repeat portions, nodes and routers that begin anew."""
 
