@@ -7,7 +7,7 @@ STORIES := $(addprefix tests/unit/,core/test_inventory_machine.py engine/loop/te
 	kvtransfer/test_handoff.py kvtransfer/test_local_directory.py router/test_journey_property.py cluster/test_membership.py cluster/test_reconcile.py)
 ROOMS := tandem core engine worker prefill_worker decode_worker kvtransfer router cluster sim cli
 
-.PHONY: setup demo test check proto bench sim gpu peers clean
+.PHONY: setup demo test check proto bench sim sim-nightly stories gpu peers clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -42,7 +42,13 @@ peers: setup
 gpu: setup # nothing of ours needs a GPU yet; pytest says so with status 5
 	@$(PY) -m pytest -m gpu tests || test $$? -eq 5
 
-sim: setup # the deciding files under random stories; SEED=n replays one. The simulator itself comes with its own step.
+sim: setup # the product on virtual time, random clusters under random faults; SEED=n COUNT=1 replays one
+	@$(PY) -m cli.sim_sweep --seed $(or $(SEED),0) --count $(or $(COUNT),200)
+
+sim-nightly: setup
+	@$(PY) -m cli.sim_sweep --seed $(or $(SEED),$$(date +%s)) --count 20000
+
+stories: setup # the deciding files alone under random stories; SEED=n replays one
 	@$(PY) -m pytest --hypothesis-seed=$(or $(SEED),random) $(STORIES)
 
 clean:

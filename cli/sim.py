@@ -21,12 +21,18 @@ def sim(
     ] = None,
     policy: Annotated[str | None, typer.Option(metavar="NAME", help="Of placement; default: router.policy.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
+    faults: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What goes wrong, and when: a list, or a trace of spot instances.")
+    ] = None,
     rate_scale: Annotated[float, typer.Option(help="2 halves every gap between arrivals.")] = 1.0,
+    checks: Annotated[bool, typer.Option("--checks", help="Look for broken rules after every event; slow.")] = False,
     as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write it here; - prints it.")] = None,
 ) -> None:
     """Run routers, schedulers and the controller against a cost model instead of machines."""
     from cli.progress import Bar
     from core.config import load
+    from sim.cluster import worker_names
+    from sim.faults import read_faults
     from sim.run import simulate
     from sim.traces import read_trace
 
@@ -34,7 +40,16 @@ def sim(
     arrivals = read_trace(trace) if trace is not None else None
     with Bar(sys.stderr.isatty(), *_columns()) as bar:
         bar.begin("simulating", 1.0)
-        result = simulate(loaded, arrivals, policy, seed, rate_scale=rate_scale, on_look=_watch(bar, loaded.sim.duration_s))
+        result = simulate(
+            loaded,
+            arrivals,
+            policy,
+            seed,
+            rate_scale=rate_scale,
+            faults=read_faults(faults, worker_names(loaded)) if faults is not None else (),
+            checks=checks,
+            on_look=_watch(bar, loaded.sim.duration_s),
+        )
     _write(result.report, result.errors, as_json)
 
 

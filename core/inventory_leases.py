@@ -67,6 +67,10 @@ class Leases:
             holders.append(holder)
         return holders
 
+    def held(self) -> dict[AttemptKey, list[int]]:
+        """By holder, in the order in which they were leased."""
+        return {holder: list(lease.blocks) for holder, lease in self._leases.items()}
+
     def check(self, refs: list[int]) -> None:
         """Asserts that leases hold no more references than there are, and that each will expire."""
         leased = [0] * len(refs)

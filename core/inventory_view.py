@@ -8,6 +8,7 @@ from __future__ import annotations
 from core.blocks import BlockKey
 from core.inventory_changes import ChangeLog, Changes
 from core.inventory_table import BlockCounts, BlockTable, Entry
+from core.request import AttemptKey
 
 
 class TableView(BlockTable):
@@ -87,6 +88,16 @@ class TableView(BlockTable):
     def leases_open(self) -> int:
         with self._lock:
             return len(self._leases)
+
+    def references(self) -> list[int]:
+        """How many each block has, by its number, those of leases included. For audits."""
+        with self._lock:
+            return list(self._refs)
+
+    def leases(self) -> dict[AttemptKey, list[int]]:
+        """Holders and what their leases hold. For audits."""
+        with self._lock:
+            return self._leases.held()
 
     def check(self) -> None:
         """Asserts every invariant of the table; time in proportion to its size, so for idle moments and tests."""

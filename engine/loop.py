@@ -170,6 +170,10 @@ class StepLoop:
         prompts = sum(s.pending for s in waiting) + sum(s.pending for s in running if s.pending > 1)
         return EngineLoad(len(running), len(ready) + len(waiting), prompts, sum(s.computed for s in running))
 
+    def holding(self) -> dict[AttemptKey, list[int]]:
+        """Every attempt in here and the blocks it has references on. For audits, between two steps."""
+        return {key: sequence.blocks for key, sequence in self._sequences.items()}
+
     def check(self) -> None:
         """Asserts that queues, sequences and inventory agree; for idle moments and tests."""
         queued = [*self._scheduler.running, *self._scheduler.ready, *self._scheduler.waiting]

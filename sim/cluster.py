@@ -10,7 +10,7 @@ from types import MappingProxyType
 from cluster.membership import Membership
 from cluster.reconcile import Forget, GiveUp, Launch, Reconciler, RestartPolicy, Stop
 from core.config import ClusterConfig, Config, EngineConfig
-from core.cost_model import LinkCost
+from core.cost_model import CostModel, LinkCost
 from core.errors import StaleEpochError
 from core.report import WorkerReport, WorkerState
 from core.request import WorkerRole
@@ -32,13 +32,14 @@ SNAPSHOT_GAP_S = 0.02
 class Pools:
     """Which pool the worker of a slot belongs to: slots of a role are dealt to its pools in order."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, model: CostModel | None = None) -> None:
+        """`model`: of all of them, in place of what the configuration names."""
         self._of: dict[WorkerRole, list[tuple[PoolConfig, Replica]]] = {}
         self.desired: dict[WorkerRole, int] = {}
         for pool in pools_of(config):
             role = WorkerRole(pool.role)
             if pool.count:
-                self._of.setdefault(role, []).extend([(pool, replica_of(config, pool))] * pool.count)
+                self._of.setdefault(role, []).extend([(pool, replica_of(config, pool, model))] * pool.count)
                 self.desired[role] = self.desired.get(role, 0) + pool.count
 
     def of(self, name: str, role: WorkerRole) -> tuple[PoolConfig, Replica]:
@@ -58,12 +59,20 @@ def pools_of(config: Config) -> tuple[PoolConfig, ...]:
     return tuple(PoolConfig.model_validate({"role": role, "count": count}) for role, count in counts.items() if count)
 
 
+def worker_names(config: Config) -> list[str]:
+    """Of the workers that are there when time begins."""
+    counts: dict[str, int] = {}
+    for pool in pools_of(config):
+        counts[pool.role] = counts.get(pool.role, 0) + pool.count
+    return [f"{role}-{n}" for role, count in counts.items() for n in range(count)]
+
+
 class SimController:
     def __init__(self, site: Site, pools: Pools, lost: random.Random) -> None:
         config: ClusterConfig = site.config.cluster
         self.reports_lost = 0.0
         """Part of all reports that never arrives."""
-        self.replaces = True
+        self._empty: dict[str, Launch | None] = {}  # places that stay empty for now, and who is to start there
         self.on_death: Callable[[SimWorker], None] = lambda worker: None
         self._site = site
         self._pools = pools
@@ -108,15 +117,24 @@ class SimController:
         """The process is gone; the launcher that watches it says so."""
         now = self._site.events.now()
         self._membership.mark_dead(worker.name, worker.epoch, reason)
-        self._reconciler.ended(worker.name, worker.epoch, reason, not self.replaces, now)
+        self._reconciler.ended(worker.name, worker.epoch, reason, False, now)
         self._control()
 
     def drain(self, worker: SimWorker, deadline: float) -> None:
-        """It gets no new work, and a successor starts."""
-        if self._reconciler.drain(worker.name, deadline):
+        """It gets no new work, and a successor starts, unless its place is to stay empty."""
+        if worker.name in self._empty or self._reconciler.drain(worker.name, deadline):
             self._membership.mark_draining(worker.name)
             worker.state = WorkerState.DRAINING
             self._control()
+
+    def leave_empty(self, name: str) -> None:
+        """Nobody takes its place until `refill`."""
+        self._empty.setdefault(name, None)
+
+    def refill(self, name: str) -> None:
+        waiting = self._empty.pop(name, None)
+        if waiting is not None:
+            self._launch(waiting, self._site.config.sim.start_s)
 
     def _look(self) -> None:
         """Reports of all workers that have something new to say, or have been silent for a heartbeat."""
@@ -179,9 +197,10 @@ class SimController:
         site = self._site
         for command in self._reconciler.plan(site.events.now()):
             match command:
+                case Launch(name) if name in self._empty:
+                    self._empty[name] = command
                 case Launch():
-                    if self.replaces or start_s is not None:
-                        self._launch(command, site.config.sim.start_s if start_s is None else start_s)
+                    self._launch(command, site.config.sim.start_s if start_s is None else start_s)
                 case Stop(name, epoch):
                     worker = site.find(name, epoch)
                     if worker is not None and site.post.together(name, CONTROLLER):

@@ -29,7 +29,7 @@ class Events:
     An event is one entry that is popped and happens; `count` is how many did. Nothing happens before now.
     """
 
-    __slots__ = ("_heap", "_made", "_now", "after", "count")
+    __slots__ = ("_halted", "_heap", "_made", "_now", "after", "count")
 
     def __init__(self) -> None:
         self.count = 0
@@ -37,6 +37,7 @@ class Events:
         """Called after every event, for checks."""
         self._now = 0.0
         self._made = 0
+        self._halted = False
         self._heap: list[Event] = []
 
     def now(self) -> float:
@@ -59,12 +60,18 @@ class Events:
     def later(self, delay_s: float, call: Callable[[], None]) -> Event:
         return self.at(self._now + delay_s, call)
 
+    def halt(self) -> None:
+        """The event of this moment is the last one of this run."""
+        self._halted = True
+
     def run(self, until: float = float("inf"), most: int | None = None) -> bool:
-        """Lets happen what is due until then, at most so many events. False when nothing is left to come before `until`."""
+        """Lets happen what is due until then, at most so many events or until `halt`. False when nothing is left to come
+        before `until`."""
         heap, after = self._heap, self.after
+        self._halted = False
         end = None if most is None else self.count + most
         while heap and heap[0][0] <= until:
-            if self.count == end:
+            if self.count == end or self._halted:
                 return True
             when, _, call, args = heappop(heap)
             if call is None:

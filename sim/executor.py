@@ -12,8 +12,8 @@ from core.inventory import Inventory
 from engine.loop import StepLoop
 from engine.output import EngineLoad, StepOutput
 from engine.role import Role
-from engine.step import Sampled, StepPlan
-from sim.counted import StepTime
+from engine.step import Sampled, SampleSpec, StepPlan
+from sim.counted import ANY_ID, StepTime
 from sim.prompt import Content
 
 
@@ -33,11 +33,12 @@ class CostExecutor:
         shape = StepShape.of((len(row.token_ids), row.start) for row in plan.rows)
         self.clock.advance(self._step_s(shape))
         end = self.clock.now()
-        return [
-            Sampled(row.seq_id, self._contents[row.sample.params.seed or 0].token(row.sample.position), end, ())
-            for row in plan.rows
-            if row.sample is not None
-        ]
+        return [Sampled(row.seq_id, self._token(row.sample), end, ()) for row in plan.rows if row.sample is not None]
+
+    def _token(self, sample: SampleSpec) -> int:
+        """Of a request that is over already, any."""
+        content = self._contents.get(sample.params.seed or 0)
+        return ANY_ID if content is None else content.token(sample.position)
 
     def forget(self, seq_id: int) -> None:
         """It remembers nothing."""

@@ -39,6 +39,9 @@ class SimExports:
     def __len__(self) -> int:
         return len(self._offers)
 
+    def keys(self) -> list[AttemptKey]:
+        return list(self._offers)
+
     # ---- this worker's engine --------------------------------------------------------------------------------------
 
     def open(self, item: WorkItem) -> None:

@@ -42,6 +42,8 @@ class SimFetches:
     def __init__(self, worker: SimWorker) -> None:
         self._worker = worker
         self.fetched_blocks = 0
+        self._out: dict[_Fetch, None] = {}
+        self._lent: dict[_Fetch, None] = {}  # of others, from here
         store, self._size = worker.site.config.store, worker.config.block_size
         self._timeout_s = store.fetch_timeout_s
         self._always = store.fetch_always
@@ -54,9 +56,14 @@ class SimFetches:
             then()
             return
         worker, layout = self._worker, self._worker.replica.layout
+        self._out[fetch] = fetch.source.exports.fetches._lent[fetch] = None
         num_bytes = len(fetch.lent) * layout.block_bytes
         fetch.flow = worker.site.network.move(fetch.source.name, worker.name, num_bytes, lambda: self._arrived(fetch))
         worker.site.events.later(self._timeout_s, lambda: self._late(fetch))
+
+    def held_blocks(self) -> list[list[int]]:
+        """References that fetches hold here, by those for prompts of ours and those from us."""
+        return [fetch.blocks for fetch in self._out] + [fetch.lent for fetch in self._lent]
 
     def _begin(self, item: WorkItem, then: Callable[[], None]) -> _Fetch | None:
         """None: there is nothing to fetch, it would not pay, or there is no room for it."""
@@ -122,6 +129,7 @@ class SimFetches:
                 worker.on_blocks()
             fetch.then()
             worker.inventory.release(fetch.blocks)
+        del self._out[fetch]
 
     def _late(self, fetch: _Fetch) -> None:
         if fetch.flow is None:
@@ -134,8 +142,10 @@ class SimFetches:
             worker.cut()
             worker.inventory.release(fetch.blocks)
             fetch.then()
+        del self._out[fetch]
 
     def _give_back(self, fetch: _Fetch) -> None:
+        del fetch.source.exports.fetches._lent[fetch]
         if fetch.source.alive:
             fetch.source.cut()
             fetch.source.inventory.release(fetch.lent)

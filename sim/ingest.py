@@ -51,9 +51,17 @@ class SimIngests:
         self._size = worker.config.block_size
         self._reservations: dict[AttemptKey, _Reservation] = {}
         self._landed: dict[AttemptKey, tuple[AttemptTiming, float]] = {}  # handed to the engine, not in the batch yet
+        self._landing: dict[AttemptKey, list[int]] = {}  # ... and not even in the engine yet
 
     def __len__(self) -> int:
         return len(self._reservations)
+
+    def keys(self) -> list[AttemptKey]:
+        return [*self._reservations, *self._landed]
+
+    def held_blocks(self) -> list[list[int]]:
+        """A list per reservation, and per hand-over that waits for the step under way to end."""
+        return [each.blocks for each in self._reservations.values()] + list(self._landing.values())
 
     def reserve(self, item: WorkItem) -> None:
         """Answered at once, yes or no: the rules of `decode_worker.service` and `decode_worker.ingest`."""
@@ -205,11 +213,13 @@ class SimIngests:
             transport=TRANSPORT if reservation.bytes else "",
         )
         self._landed[key] = (timing, now)
+        self._landing[key] = reservation.blocks
         grown = replace(reservation.item, token_ids=reservation.item.token_ids + closing.generated)
         worker.call(lambda at: self._submit(grown, reservation.blocks, closing.num_tokens, at))
 
     def _submit(self, item: WorkItem, blocks: list[int], computed: int, now: float) -> None:
         worker = self._worker
+        del self._landing[item.key]
         if item.key not in self._landed:
             worker.inventory.release(blocks)  # cancelled before the engine heard of it
         elif not worker.submit(item, now, STAYS, blocks, computed):

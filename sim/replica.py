@@ -40,17 +40,21 @@ class Replica:
     usd_per_hour: float
 
 
-def replica_of(config: Config, pool: PoolConfig) -> Replica:
-    """Raises ConfigError for a profile that is missing or unknown, and for a worker that cannot hold one block."""
+def replica_of(config: Config, pool: PoolConfig, given: CostModel | None = None) -> Replica:
+    """`given`: in place of a profile. Raises ConfigError for a profile that is missing or unknown, and for a worker that cannot
+    hold two blocks."""
     profile = pool.profile or config.sim.profile
-    if profile is None:
+    if profile is None and given is None:
         raise ConfigError("sim.profile is missing: name a file of `tandem profile`, a GPU profile, or a roofline")
     capacity: int | None = None
-    if profile.roofline is not None:
+    if given is not None:
+        model, step_s = given, given.steps.step_s
+    elif profile is not None and profile.roofline is not None:
         gpu = pool.gpu or profile.roofline.gpu
         roofline = read_roofline(profile.roofline.model, gpu, pool.tp, pool.pp)
         model, step_s, capacity = roofline.cost_model(), roofline.step_s, roofline.kv_capacity_tokens
     else:
+        assert profile is not None
         model = _from_file(profile, pool)
         step_s = model.steps.step_s
     layout = layout_of(model, config.engine.block_size)

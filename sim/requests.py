@@ -54,6 +54,8 @@ class Users:
         self.tally = Tally()
         self.live: dict[str, Request] = {}
         self.checks: Callable[[Request, tuple[TokenEvent, ...]], None] | None = None
+        self.on_completed: Callable[[Request], None] = lambda request: None
+        self.on_error: Callable[[Request, TandemError], None] = lambda request, error: None
         self.on_end: Callable[[Request], None] = lambda request: None
         self.prompt_tokens = self.cached_tokens = self.failovers = 0
         self.last_end = 0.0
@@ -67,11 +69,13 @@ class Users:
         del self.live[request.name]
         self.last_end = now = self._now()
         if error is not None:
+            self.on_error(request, error)
             outcome = Outcome.REJECTED if isinstance(error, OverloadedError) else Outcome.FAILED
             self.errors[error.code] = self.errors.get(error.code, 0) + 1
             self.tally.add(outcome, request.slo, tokens=len(request.times))
         else:
             self._completed(request, now)
+            self.on_completed(request)
         if request.journey is not None:
             facts = request.journey.facts
             self.prompt_tokens += request.content.input_tokens
@@ -113,7 +117,7 @@ class Users:
             if token.token_id != 1 and token.token_id not in (STOP_ID, request.content.token(place)):
                 return f"token {place} of {request.name} is another one than it must be"
             if (token.logprob or 0.0) + self.way_s < (request.times[-1] if request.times else request.arrived_at) - 1e-9:
-                return f"token {place} of {request.name} came before the one before it"
+                return f"token {place} of {request.name} came before the one before it ({token.logprob}, {request.times[-1:]})"
             if place >= request.content.output_tokens or (token.token_id == STOP_ID and not ends):
                 return f"{request.name} went on after its last token, or ended before it"
         return ""

@@ -9,11 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.config import Config
+from core.cost_model import CostModel
 from core.errors import ConfigError, InternalError
+from sim.checks import Checks
+from sim.faults import Fault
+from sim.mischief import Mischief
 from sim.workload import Arrival
 from sim.world import WARM_S, World
 
-EVENTS_A_LOOK = 2000
+EVENTS_A_LOOK = 1000
+SETTLE_S = 90.0
+"""After which the last lease, fence and reservation has run out."""
 HOUR_S = 3600.0
 
 
@@ -43,31 +49,44 @@ def simulate(
     seed: int = 0,
     *,
     rate_scale: float = 1.0,
+    faults: Iterable[Fault] = (),
+    checks: bool = False,
+    model: CostModel | None = None,
     prepare: Callable[[World], None] = lambda world: None,
     on_look: Callable[[World], None] = lambda world: None,
 ) -> SimResult:
-    """`arrivals` None: a Poisson process of `sim.rate_rps`. `policy` None: `router.policy`.
+    """`arrivals` None: a Poisson process of `sim.rate_rps`. `policy` None: `router.policy`. `model`: what steps cost, in place
+    of every profile that the configuration names.
 
-    The same configuration, arrivals, policy and seed give the same report but for `wall_s`. `prepare` is called before time
-    begins, `on_look` every few thousand events. Raises ConfigError for what cannot be run.
+    `faults` happen to it; with `checks` every rule is looked at after every event (`sim.checks`), which takes a few times as
+    long and raises BrokenRuleError. The same configuration, arrivals, policy, faults and seed give the same report but for
+    `wall_s`. `prepare` is called before time begins, `on_look` every thousand events. Raises ConfigError for what cannot be
+    run.
     """
     if rate_scale <= 0:
         raise ConfigError(f"the rate scale must be above 0, got {rate_scale:g}")
     started = time.perf_counter()
     due = poisson(config, seed) if arrivals is None else iter(arrivals)
     name = policy or config.router.policy
-    world = World(config, _faster(due, rate_scale) if rate_scale != 1 else due, name, seed)
+    world = World(config, _faster(due, rate_scale) if rate_scale != 1 else due, name, seed, model)
+    Mischief(world, faults)
+    rules = Checks(world) if checks else None
     prepare(world)
     world.start()
-    end = WARM_S
     while not world.drained:
-        if not world.events.run(most=EVENTS_A_LOOK):
-            raise InternalError(f"nothing is left to happen and {len(world.users.live)} requests have not ended")
+        world.events.run(most=EVENTS_A_LOOK)
         on_look(world)
-        end = world.events.now()
-    del end
+        overdue_s = world.events.now() - WARM_S - world.last_arrival_s - config.router.request_timeout_s
+        if world.exhausted and overdue_s > SETTLE_S:
+            raise InternalError(f"{sorted(world.users.live)[:8]} go on after their deadline")
+    count = world.events.count
+    if rules is not None:
+        world.events.run(until=world.events.now() + SETTLE_S)
+        rules.at_the_end()
+    world.users.tally.check()
     wall_s = time.perf_counter() - started
-    return SimResult(_report(world, name, seed, wall_s), dict(sorted(world.users.errors.items())), wall_s)
+    report = _report(world, name, seed) | {"events": count, "wall_s": wall_s}
+    return SimResult(report, dict(sorted(world.users.errors.items())), wall_s)
 
 
 def poisson(config: Config, seed: int) -> Iterator[Arrival]:
@@ -85,7 +104,7 @@ def _faster(arrivals: Iterator[Arrival], factor: float) -> Iterator[Arrival]:
     return (replace(arrival, arrival_s=arrival.arrival_s / factor) for arrival in arrivals)
 
 
-def _report(world: World, policy: str, seed: int, wall_s: float) -> dict[str, Any]:
+def _report(world: World, policy: str, seed: int) -> dict[str, Any]:
     users = world.users
     duration_s = max(users.last_end - WARM_S, world.last_arrival_s)
     report = users.tally.report(duration_s)
@@ -97,8 +116,6 @@ def _report(world: World, policy: str, seed: int, wall_s: float) -> dict[str, An
         "cost_usd": per_hour * duration_s / HOUR_S,
         "prefix_hit_ratio": users.cached_tokens / users.prompt_tokens if users.prompt_tokens else 0.0,
         "failovers": users.failovers,
-        "events": world.events.count,
-        "wall_s": wall_s,
         "policy": policy,
         "seed": seed,
     }

@@ -59,7 +59,7 @@ class SimWorker:
         self.ingests = SimIngests(self)
         self._inbox: list[Callable[[float], object]] = []
         self._step: Event | None = None
-        self._ticking = False
+        self._ticking = self._turning = False
         self._began = 0.0
         self.changed = True
         """Something may have changed that a report would say."""
@@ -162,13 +162,21 @@ class SimWorker:
                 self._step = self.site.events.at(end, self._stepped)
 
     def _turn(self) -> None:
-        """Commands, then a step, until one takes time or there is nothing to do."""
+        """Commands, then a step, until one takes time or there is nothing to do. What they cause meanwhile waits its turn."""
+        if not self._turning:
+            self._turning = True
+            self._turns()
+            self._turning = False
+            self.changed = True
+
+    def _turns(self) -> None:
         events, engine = self.site.events, self.engine
         while self._step is None and self.alive:
             now = events.now()
-            inbox, self._inbox = self._inbox, []
-            for run in inbox:
-                run(now)
+            while self._inbox:
+                inbox, self._inbox = self._inbox, []
+                for run in inbox:
+                    run(now)
             self.load = engine.load()
             if not engine.has_work():
                 break
@@ -178,13 +186,13 @@ class SimWorker:
                 self._step = events.at(end, self._stepped)
             else:
                 self._on_output(engine.finish(), now)
-        self.changed = True
 
     def _stepped(self) -> None:
-        self._step = None
+        self._step, self._turning = None, True
         output = self.engine.finish()
         self.load = self.engine.load()
         self._on_output(output, self.site.events.now())
+        self._turning = False
         self._turn()
 
     def _on_output(self, output: StepOutput, now: float) -> None:
@@ -261,6 +269,21 @@ class SimWorker:
 
     def ticket(self, key: AttemptKey) -> KvTicket:
         return KvTicket(key, self.replica.layout, self.source, self.site.config.transfer.lease_s)
+
+    # ---- for audits ------------------------------------------------------------------------------------------------
+
+    @property
+    def settled(self) -> bool:
+        """No step is under way, and nothing waits for one."""
+        return self._step is None and not self._inbox
+
+    def holders(self) -> set[AttemptKey]:
+        """Attempts that something is kept of."""
+        return {*self.engine.holding(), *self.exports.keys(), *self.ingests.keys()}
+
+    def held_blocks(self) -> list[list[int]]:
+        """References outside leases, a list per holder."""
+        return [*self.engine.holding().values(), *self.ingests.held_blocks(), *self.exports.fetches.held_blocks()]
 
     def check(self) -> None:
         """Asserts that its tables agree."""

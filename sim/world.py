@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from core.config import Config
+from core.cost_model import CostModel
 from core.errors import ConfigError
 from core.request import WorkerRole
-from sim.cluster import CONTROLLER, Pools, SimController
+from sim.cluster import CONTROLLER, Pools, SimController, pools_of
 from sim.events import Events
 from sim.network import Network
 from sim.post import Post
@@ -26,7 +27,9 @@ WARM_S = 1.0
 class World:
     """`drained` turns true once every request has come and ended."""
 
-    def __init__(self, config: Config, arrivals: Iterator[Arrival], policy: str, seed: int) -> None:
+    def __init__(
+        self, config: Config, arrivals: Iterator[Arrival], policy: str, seed: int, model: CostModel | None = None
+    ) -> None:
         """Raises ConfigError: no worker that could serve, a profile that cannot be used, an unknown policy."""
         self.streams = Streams(seed)
         self.events = Events()
@@ -34,8 +37,8 @@ class World:
         network = Network(self.events, links.bandwidth, links.latency)
         self.post = Post(self.events, links.latency)
         self.site = Site(config, self.events, self.post, network)
-        self.pools = Pools(config)
-        check_pools(self.pools)
+        check_pools(config)
+        self.pools = Pools(config, model)
         self.site.capacity_tokens = min(
             replica.num_blocks * config.engine.block_size for pool, replica in self.pools.all() if pool.role != "prefill"
         )
@@ -50,7 +53,7 @@ class World:
         self.last_arrival_s = 0.0
         self.on_arrival: Callable[[], None] = lambda: None
         self._arrivals = arrivals
-        self._exhausted = False
+        self.exhausted = False
         self._until = config.sim.duration_s or float("inf")
 
     def start(self) -> None:
@@ -59,7 +62,7 @@ class World:
 
     @property
     def drained(self) -> bool:
-        return self._exhausted and not self.users.live
+        return self.exhausted and not self.users.live
 
     # ---- users -----------------------------------------------------------------------------------------------------
 
@@ -67,7 +70,9 @@ class World:
         """One arrival is known at a time, so that a trace of any length takes no memory."""
         arrival = next(self._arrivals, None)
         if arrival is None or arrival.arrival_s > self._until:
-            self._exhausted = True
+            self.exhausted = True
+            if self.drained:
+                self.events.halt()
             return
         self.events.at(WARM_S + arrival.arrival_s, self._arrive, arrival)
 
@@ -87,6 +92,8 @@ class World:
     def _ended(self, request: Request) -> None:
         """Of a request that is over nothing is kept but what was added up."""
         self.site.contents.pop(request.content.number, None)
+        if self.drained:
+            self.events.halt()
 
     # ---- what happens to workers -----------------------------------------------------------------------------------
 
@@ -104,9 +111,10 @@ class World:
         self.post.send(name, CONTROLLER, self.controller.died, worker, "its process died")
 
 
-def check_pools(pools: Pools) -> None:
+def check_pools(config: Config) -> None:
+    """Raises ConfigError unless requests can be served."""
     split = {WorkerRole.PREFILL, WorkerRole.DECODE}
-    roles = pools.desired.keys()
+    roles = {WorkerRole(pool.role) for pool in pools_of(config) if pool.count}
     if not (WorkerRole.COLOCATED in roles or split <= roles):
         there = ", ".join(sorted(role.value for role in roles)) or "none"
         raise ConfigError(f"sim.pools needs prefill and decode workers, or colocated ones; there are: {there}")

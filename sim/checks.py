@@ -1,0 +1,104 @@
+"""What must hold after every event of a simulation, whatever goes wrong in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from core.errors import InternalError, InvalidRequestError, TandemError
+from core.request import TokenEvent
+from sim.requests import Request
+from sim.worker import SimWorker
+from sim.world import World
+
+
+class BrokenRuleError(AssertionError):
+    """The product, or the simulator, made a mistake. The text says which, and when."""
+
+
+class Checks:
+    """Attached to a world before it starts. Workers are looked into when their books changed."""
+
+    def __init__(self, world: World) -> None:
+        self.looks = 0
+        self._world = world
+        self._books: dict[str, object] = {}
+        world.users.checks = self._deliver
+        world.users.on_completed = self._complete
+        world.users.on_error = self._error
+        world.events.after = self.after
+
+    def after(self) -> None:
+        for name, worker in self._world.site.workers.items():
+            books = (worker.epoch, worker.inventory.counts(), worker.inventory.leases_open(), len(worker.table))
+            if worker.alive and self._books.get(name) != books:
+                self._books[name] = books
+                self.looks += 1
+                self._worker(worker)
+
+    def at_the_end(self) -> None:
+        """Every request has ended, and enough time has passed for every lease to run out."""
+        world = self._world
+        self._rule(not world.users.live, f"{sorted(world.users.live)} never ended")
+        self._rule(world.users.tally.requests == world.arrived, "a request was counted twice, or not at all")
+        self._rule(not world.site.contents, "something is kept of a request that has ended")
+        world.users.tally.check()
+        for router in world.routers:
+            dispatcher = router.dispatcher
+            self._rule(not len(dispatcher) and not len(dispatcher.queue), f"{router.name} keeps journeys that have ended")
+            self._rule(dispatcher.placer.claims.is_empty(), f"{router.name} claims what nobody occupies")
+        for worker in world.site.workers.values():
+            if worker.alive:
+                worker.check()
+                self._rule(not len(worker.table), f"{worker.name} keeps {worker.table.live()}")
+                self._rule(worker.inventory.counts().active == 0, f"{worker.name} never gave blocks back")
+                self._rule(worker.inventory.leases_open() == 0, f"{worker.name} keeps a lease")
+
+    # ---- users -----------------------------------------------------------------------------------------------------
+
+    def _deliver(self, request: Request, tokens: tuple[TokenEvent, ...]) -> None:
+        self._rule(not request.ends, f"{request.name} was sent tokens after its end")
+        wrong = self._world.users.mistake(request, tokens)
+        self._rule(not wrong, wrong)
+
+    def _error(self, request: Request, error: TandemError) -> None:
+        mistake = isinstance(error, InternalError | InvalidRequestError)
+        self._rule(not mistake, f"{request.name} ended with a mistake of ours: {error.code}: {error.message}")
+
+    def _complete(self, request: Request) -> None:
+        self._rule(request.ends == 1, f"{request.name} ended {request.ends} times")
+        due = request.content.output_tokens
+        self._rule(len(request.times) == due, f"{request.name} was completed with {len(request.times)} of {due} tokens")
+
+    # ---- workers ---------------------------------------------------------------------------------------------------
+
+    def _worker(self, worker: SimWorker) -> None:
+        try:
+            worker.check()
+            held, expected = self._references(worker)
+        except AssertionError as error:
+            raise BrokenRuleError(f"{self._when()}: {worker.name}: {error}") from error
+        for block, count in enumerate(held):
+            if count != expected[block]:
+                text = f"block {block} of {worker.name} has {count} references, its holders have {expected[block]}"
+                self._rule(False, text)
+        known = worker.holders()
+        for holder in worker.inventory.leases():
+            self._rule(holder in known, f"{worker.name} keeps a lease of {holder}, which is over there")
+        if worker.settled:
+            for key in worker.table.live():
+                self._rule(key in known, f"{worker.name} lists {key} and holds nothing of it")
+
+    def _references(self, worker: SimWorker) -> tuple[list[int], Counter[int]]:
+        expected: Counter[int] = Counter()
+        for blocks in worker.held_blocks():
+            expected.update(blocks)
+        for blocks in worker.inventory.leases().values():
+            expected.update(blocks)
+        return worker.inventory.references(), expected
+
+    def _rule(self, holds: bool, text: str) -> None:
+        if not holds:
+            raise BrokenRuleError(f"{self._when()}: {text}")
+
+    def _when(self) -> str:
+        return f"{self._world.events.now():.6f} s, event {self._world.events.count}"

@@ -1,0 +1,113 @@
+"""The rules that a simulation is held to: they hold under faults, and what breaks one is found, named and made small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from core.config import Config
+from core.request import FinishReason, TokenEvent
+from sim.checks import BrokenRuleError
+from sim.faults import Fault
+from sim.run import simulate
+from sim.sweep import MODEL, Story, failure_of, shrink, story_of
+from sim.workload import Arrival
+from sim.world import World
+
+TREE = {
+    "engine": {"block_size": 4, "kv_bytes": "1MiB", "max_running": 8, "max_step_tokens": 64},
+    "sim": {
+        "pools": [{"role": "prefill", "count": 2}, {"role": "decode", "count": 2}],
+        "start_s": 1.0,
+        "slo": {"ttft_s": 2.0, "tbt_s": 0.1},
+    },
+}
+ARRIVALS = [Arrival(0.25 * n, 20 + n, 120) for n in range(20)]
+
+
+def run(prepare=lambda world: None, *, faults=(), engine="counted"):
+    tree = TREE | {"sim": TREE["sim"] | {"engine": engine}}
+    config = Config.model_validate(tree)
+    return simulate(config, ARRIVALS, "least_load", 3, faults=faults, checks=True, model=MODEL, prepare=prepare)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_stories_hold_every_rule(seed):
+    story_of(seed).play()
+
+
+@pytest.mark.parametrize("engine", ["counted", "exact"])
+def test_deaths_cost_time_and_no_request(engine):
+    faults = [Fault(1.5, "kill", "decode-0"), Fault(2.0, "kill", "prefill-1"), Fault(2.5, "notice", "decode-1", 0.2)]
+    result = run(faults=faults, engine=engine)
+    assert result.report["completed"] == len(ARRIVALS)
+    assert result.report["failovers"] > 0
+    assert result.report["e2e_s"]["p99"] > run(engine=engine).report["e2e_s"]["p99"]
+
+
+def test_a_partition_is_noticed_and_healed():
+    result = run(faults=[Fault(1.0, "partition", "decode-0", 8.0)])
+    assert result.report["completed"] == len(ARRIVALS)
+    assert result.report["failovers"] > 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda world: _leak(world), "references, its holders have"),
+        (lambda world: _lease(world), "keeps a lease of"),
+        (lambda world: _twice(world), "ended"),
+        (lambda world: _another_token(world), "another one than it must be"),
+    ],
+    ids=["leak", "lease", "end", "token"],
+)
+def test_a_broken_rule_is_found_and_named(spoil, said):
+    def prepare(world: World) -> None:
+        world.events.at(3.0, spoil, world)
+
+    with pytest.raises(BrokenRuleError, match=said):
+        run(prepare)
+
+
+def _leak(world: World) -> None:
+    world.site.workers["decode-0"].inventory.allocate(1)
+
+
+def _lease(world: World) -> None:
+    worker = world.site.workers["prefill-0"]
+    blocks = worker.inventory.allocate(1)
+    worker.inventory.lease(("nobody", 1), blocks, 1e9)
+    worker.inventory.release(blocks)
+
+
+def _twice(world: World) -> None:
+    request = next(iter(world.users.live.values()))
+    request.ends += 1
+
+
+def _another_token(world: World) -> None:
+    request = next(each for each in world.users.live.values() if each.times)
+    place = len(request.times)
+    token = TokenEvent((request.name, 1), place, request.content.token(place) + 1, world.events.now(), (), FinishReason.STOP)
+    request.deliver((token._replace(finish_reason=None),))
+
+
+def test_a_failing_story_shrinks_to_what_it_takes():
+    def failure(story: Story) -> str:
+        wrong = any(each.input_tokens == 33 for each in story.arrivals) and any(f.kind == "kill" for f in story.faults)
+        return "wrong" if wrong else ""
+
+    story = story_of(1)
+    arrivals = (*story.arrivals[:10], Arrival(30.0, 33, 1), *story.arrivals[10:])
+    faults = tuple(Fault(float(n), kind, "decode-0") for n, kind in enumerate(("slow", "kill", "partition", "kill")))
+    small, error = shrink(replace(story, arrivals=arrivals, faults=faults), "wrong", failure)
+    assert error == "wrong"
+    assert [each.input_tokens for each in small.arrivals] == [33]
+    assert [fault.kind for fault in small.faults] == ["kill"]
+
+
+def test_a_story_is_the_same_whenever_it_is_told_and_says_what_went_wrong():
+    assert story_of(5) == story_of(5)
+    story = replace(story_of(5), tree=story_of(5).tree | {"engine": {"block_size": 4, "kv_bytes": 2**16, "max_running": 0}})
+    assert "max_running" in failure_of(story)
