@@ -90,6 +90,10 @@ class Tally:
     def requests(self) -> int:
         return sum(self.outcomes.values())
 
+    def met(self, limits: str) -> int:
+        """How many requests met `ttft`, `tbt`, `tpot`, `joint` or `joint_mean` so far."""
+        return self._met[limits]
+
     def add(
         self,
         outcome: Outcome,
