@@ -136,6 +136,51 @@ class Inventory(TableView):
                 self._digest[block] = digest
             return block
 
+    def commit_run(
+        self, blocks: list[int], keys: Sequence[BlockKey], first: int, last: int, *, tenant: bytes = b"", shared: bool = True
+    ) -> bool:
+        """As `commit` of `blocks[first:last]`, each under its key of `keys`, at a third of the time; the list is put right.
+
+        True when a block was resident already, and stands in the place of ours now.
+        """
+        swapped, fresh = False, []
+        with self._lock:
+            refs, names, by_key, tenants, costs = self._refs, self._key, self._by_key, self._tenant, self._cost_s
+            cost_s = self.typical_cost_s
+            for place in range(first, last):
+                block, key = blocks[place], keys[place]
+                had = names[block]
+                assert refs[block] > 0, f"block {block} is committed by nobody who holds it"
+                assert had is None or had == key, f"block {block} is committed under another key"
+                resident = by_key.get(key)
+                if resident is None:
+                    names[block], by_key[key], tenants[block], costs[block] = key, block, tenant, cost_s
+                    fresh.append(block)
+                elif resident != block:
+                    self._take(resident)
+                    self._hits[resident] += 1
+                    self._used((resident,))
+                    self._release((block,))
+                    blocks[place], swapped = resident, True
+            self._came(fresh, tenant, shared)
+        return swapped
+
+    def _came(self, fresh: list[int], tenant: bytes, shared: bool) -> None:
+        """What else is noted of blocks that have become findable."""
+        if fresh and self._shares is not None:
+            self._shares.charge(tenant, len(fresh))
+        if self._clock is not None:
+            now = self._clock()
+            for block in fresh:
+                self._committed_at[block] = now
+        if not shared:
+            self._unshared.update(fresh)
+            return
+        for log in self._logs:
+            if log.followed:
+                for block in fresh:
+                    log.came(self._key[block] or b"")
+
     def match(self, keys: Sequence[BlockKey]) -> list[int]:
         """The blocks of the longest resident prefix of `keys`, a reference taken on each for the caller."""
         found: list[int] = []

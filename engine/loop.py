@@ -296,11 +296,8 @@ class StepLoop:
     def _commit_full(self, sequence: Sequence) -> None:
         """Makes the full blocks findable. One that another sequence computed first takes the place of ours."""
         first, full = sequence.committed_blocks, sequence.computed // self._block_size
-        keys, blocks, swapped = sequence.keys_until(full, self._block_size), sequence.blocks, False
-        for i in range(first, full):
-            block = self._inventory.commit(blocks[i], keys[i], tenant=sequence.item.cache_salt, shared=sequence.shared)
-            swapped |= block != blocks[i]
-            blocks[i] = block
+        keys, tenant = sequence.keys_until(full, self._block_size), sequence.item.cache_salt
+        swapped = self._inventory.commit_run(sequence.blocks, keys, first, full, tenant=tenant, shared=sequence.shared)
         sequence.committed_blocks = full
         if swapped:
             self._executor.forget(sequence.seq_id)

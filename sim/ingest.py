@@ -189,9 +189,8 @@ class SimIngests:
         reservation.flow = None
         reservation.transfer_s += now - reservation.moving_since
         reservation.landed_at = now
-        commit, keys, blocks = worker.inventory.commit, reservation.keys, reservation.blocks
-        for place in range(reservation.landed, min(upto, reservation.full)):
-            blocks[place] = commit(blocks[place], keys[place])
+        full = min(upto, reservation.full)
+        worker.inventory.commit_run(reservation.blocks, reservation.keys, reservation.landed, full)
         reservation.landed = upto
         worker.on_blocks()
         self._go_on(key, reservation)

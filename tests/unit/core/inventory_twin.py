@@ -157,9 +157,13 @@ class Twin:
         if self.keys.get(block, k) != k:
             return
         resident = self.block_of(k)
-        assert self.real.commit(block, k, tenant=tenant, cost_s=cost, shared=shared(n)) == (
-            block if resident is None else resident
-        )
+        expected = block if resident is None else resident
+        if cost:
+            assert self.real.commit(block, k, tenant=tenant, cost_s=cost, shared=shared(n)) == expected
+        else:
+            run = [block]
+            assert self.real.commit_run(run, [k], 0, 1, tenant=tenant, shared=shared(n)) is (expected != block)
+            assert run == [expected]
         if resident is None:
             self.committed_at.setdefault(block, self.now)
             self.keys[block], self.tenant[block], self.cost[block] = k, tenant, cost

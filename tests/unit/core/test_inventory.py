@@ -233,3 +233,18 @@ def test_ended_leases_do_not_pile_up() -> None:
         inventory.lease(holder, [block], until=1e9)
         inventory.end(holder)
     assert len(inventory._leases._ends) < 100
+
+
+def test_a_run_of_blocks_is_committed_like_each_of_them():
+    one, other = Inventory(8), Inventory(8)
+    keys = [bytes([n]) * 16 for n in range(4)]
+    for inventory in (one, other):
+        inventory.commit(inventory.allocate(1)[0], keys[1])
+    blocks, single = one.allocate(4), other.allocate(4)
+    assert one.commit_run(blocks, keys, 0, 4), "the second one was resident"
+    assert blocks == [other.commit(block, key) for block, key in zip(single, keys, strict=True)]
+    assert one.counts() == other.counts()
+    assert not one.commit_run(blocks, keys, 0, 4), "again under their own keys: nothing changes"
+    with pytest.raises(AssertionError, match="another key"):
+        one.commit_run(blocks, keys[1:], 0, 1)
+    one.check()
