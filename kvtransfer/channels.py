@@ -15,7 +15,7 @@ _OPTIONS = (
     *KEEPALIVE_OPTIONS,
     ("grpc.max_receive_message_length", 4 * CHUNK_BYTES),
     ("grpc.max_send_message_length", 4 * CHUNK_BYTES),
-    ("grpc.http2.max_frame_size", CHUNK_BYTES),  # a chunk in one frame, a few of them on their way
+    ("grpc.http2.max_frame_size", 2 * CHUNK_BYTES),  # a chunk with its heads in one frame, a few of them on their way
     ("grpc.http2.lookahead_bytes", 4 * CHUNK_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),  # a source that is gone is given up after a few quick tries
     ("grpc.max_reconnect_backoff_ms", 1_000),

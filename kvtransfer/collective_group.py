@@ -30,7 +30,8 @@ dist: Any = torch.distributed  # which has more than its stubs name
 SEQS = 2**20
 _ABORT_TAG = SEQS  # no request has it
 _ABORT_S = 0.001
-AHEAD = 4  # pieces on their way at a time
+AHEAD = 16  # pieces on their way at a time: the next tensor waits when one is full
+BUFFERED_AHEAD = 4  # where pieces go through buffers, which shall stay in the cache
 
 
 class GroupError(Exception):
@@ -134,19 +135,20 @@ class Group:
         self, seq: int, arena: Blocks, pieces: list[list[int]], timeout_s: float, *, receiving: bool, arrived: Any = None
     ) -> None:
         deadline = time.monotonic() + timeout_s
+        ahead = AHEAD if all(map(_neighbours, pieces)) else BUFFERED_AHEAD
         tag, peer = seq % SEQS, 1 - self._rank
         post = self._group.recv if receiving else self._group.send
         under_way: list[tuple[Any, torch.Tensor]] = []
         try:
-            for place in range(len(pieces) + AHEAD):
-                if place >= AHEAD and place - AHEAD < len(pieces):
+            for place in range(len(pieces) + ahead):
+                if place >= ahead and place - ahead < len(pieces):
                     work, tensor = under_way.pop(0)
                     self._wait(work, deadline)
                     if receiving:
-                        self._land(arena, pieces[place - AHEAD], tensor)
-                        arrived(place - AHEAD)
+                        self._land(arena, pieces[place - ahead], tensor)
+                        arrived(place - ahead)
                 if place < len(pieces):
-                    tensor = self._tensor(arena, pieces[place], place % AHEAD, receiving)
+                    tensor = self._tensor(arena, pieces[place], place % ahead, receiving)
                     under_way.append((post([tensor], peer, tag), tensor))
         except RuntimeError as error:
             raise GroupError(_brief(error)) from None
@@ -184,7 +186,7 @@ class Group:
 
 
 def _neighbours(blocks: list[int]) -> bool:
-    return blocks[-1] - blocks[0] == len(blocks) - 1 and all(b == blocks[0] + i for i, b in enumerate(blocks))
+    return blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(range(blocks[0], blocks[0] + len(blocks)))
 
 
 def _brief(error: Exception) -> str:

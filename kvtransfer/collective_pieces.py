@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from kvtransfer.spans import coalesce
 
-PIECE_BYTES_MAX = 16 * 2**20
-"""Of neighbours. Each message wakes threads at both ends, which on a busy machine costs more than it gains; digests of one
-piece are computed while the next are on their way."""
+PIECE_BYTES_MAX = 4 * 2**20
+"""Of neighbours: what one end has put into the socket the other takes out while it is in the processor's cache. Of less, the
+waking of threads at both ends costs more than that gains. Digests of one piece are computed while the next are on their way."""
 GATHERED_BYTES_MAX = 4 * 2**20
 """Of a piece that goes through a buffer, so that the buffer stays in the processor's cache."""
 RUN_BYTES_MIN = 256 * 1024

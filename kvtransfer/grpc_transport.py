@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from core.blocks import BlockRecord, KvSource
 from core.errors import TransferError
 from core.request import AttemptKey
-from core.wire import key_to_pb, record_to_pb
+from core.wire import key_to_pb
 from kvtransfer.arena import Blocks
 from kvtransfer.channels import Channels
 from kvtransfer.codec import RAW, check_digest
@@ -59,7 +59,10 @@ class GrpcTransport:
                     request = kv_pb2.ReadRequest(
                         key=key_to_pb(key),
                         epoch=source.epoch,
-                        blocks=[_asked(record, made) for record in records[part]],
+                        indices=[record.index for record in records[part]],
+                        block_ids=[record.block_id for record in records[part]],
+                        generations=[record.generation for record in records[part]],
+                        digests=[] if made is None else [record.digest for record in records[part]],
                         codec="" if made is None else codec,
                     )
                     if made is None:
@@ -119,13 +122,6 @@ class GrpcTransport:
             await asyncio.shield(waiting)
         finally:
             await settled(waiting)
-
-
-def _asked(record: BlockRecord, codec: Codec | None) -> kv_pb2.BlockRecord:
-    """What a source needs to know of it: most of a record is for whoever receives the block, and each field takes its time."""
-    if codec is None:
-        return kv_pb2.BlockRecord(index=record.index, block_id=record.block_id, generation=record.generation)
-    return record_to_pb(record)
 
 
 class _Sink:

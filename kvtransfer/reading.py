@@ -6,11 +6,11 @@ No chunk is handed out whose blocks changed before or while it was read: BlocksG
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import numpy as np
 
-from core.errors import DigestMismatchError
+from core.errors import DigestMismatchError, InvalidRequestError
 from kvtransfer.arena import Arena
 from kvtransfer.codecs import Codec
 from kvtransfer.encoded import Encoding, check_before, encode_blocks
@@ -24,10 +24,14 @@ CHUNK_BYTES = 2**20
 class Asked:
     """What a Read asks for, column by column: a block costs no object of its own."""
 
-    def __init__(self, blocks: Collection[tuple[int, int, int, int]]) -> None:
-        """`blocks`: (index, block id, generation, digest) of each."""
-        columns = tuple(zip(*blocks, strict=True)) or ((),) * 4
-        self.indices, self.block_ids, self.generations, self.digests = columns
+    def __init__(
+        self, indices: Sequence[int], block_ids: Sequence[int], generations: Sequence[int], digests: Sequence[int] = ()
+    ) -> None:
+        """`digests` are for `read_encoded` alone. Raises InvalidRequestError for columns that are not of one length."""
+        lengths = {len(indices), len(block_ids), len(generations), len(digests) or len(block_ids)}
+        if len(lengths) > 1:
+            raise InvalidRequestError("a Read has as many indices and generations as block ids, and as many digests or none")
+        self.indices, self.block_ids, self.generations, self.digests = indices, block_ids, generations, digests
         self._ids = np.array(self.block_ids, np.intp)
         self._generations = np.array(self.generations, np.uint64)
 

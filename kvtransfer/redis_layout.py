@@ -40,6 +40,8 @@ TAG_BYTES = 6
 WORD_BYTES = 4
 RECORD_BYTES = TAG_BYTES + WORD_BYTES
 BUCKET_BYTES = 3
+COMMAND_BUCKETS = 1024
+"""Asked for by one command of nine KiB: Redis reads 16 KiB at a time, does what is whole, and answers before it reads on."""
 SWEEP_BUCKETS = 256
 """Swept by one call, in about a millisecond."""
 _SHARD_BYTE = KEY_BYTES - 1
@@ -66,15 +68,17 @@ class Lookup:
     def tags(self) -> list[bytes]:
         return _rows(self._tags)
 
-    def command(self) -> bytes:
-        """`HMGET` of the buckets as it goes over the wire. Their names have one length, so that is one copy of a pattern:
-        encoding 2,048 arguments one by one takes longer than Redis takes to answer."""
+    def commands(self) -> list[bytes]:
+        """`HMGET` of the buckets as it goes over the wire, a thousand of them in each, so that the first answers are read
+        while Redis is busy with the next. Bucket names have one length, so that is one copy of a pattern: encoding 2,048
+        arguments one by one takes longer than Redis takes to answer."""
         wire = np.empty((len(self._buckets), 4 + BUCKET_BYTES + 2), np.uint8)
         wire[:, :4] = np.frombuffer(b"$%d\r\n" % BUCKET_BYTES, np.uint8)
         wire[:, 4:-2] = self._buckets
         wire[:, -2:] = np.frombuffer(b"\r\n", np.uint8)
-        head = b"*%d\r\n$5\r\nHMGET\r\n$%d\r\n%s\r\n" % (len(self._buckets) + 2, len(self._name), self._name)
-        return head + wire.tobytes()
+        name = b"$5\r\nHMGET\r\n$%d\r\n%s\r\n" % (len(self._name), self._name)
+        parts = [wire[first : first + COMMAND_BUCKETS] for first in range(0, len(wire), COMMAND_BUCKETS)]
+        return [b"*%d\r\n%s%s" % (len(part) + 2, name, part.tobytes()) for part in parts]
 
     def read(self, buckets: list[bytes | None]) -> list[WordRun]:
         """What the buckets say of the keys until the first that nobody holds: (words, of how many keys in a row)."""

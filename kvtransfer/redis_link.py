@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 from redis import exceptions
@@ -154,17 +155,19 @@ class SingleLink:
     async def read(
         self, prefix: bytes, lookup: Lookup, script: Script, args: Sequence[Any], timeout_s: float
     ) -> tuple[list[bytes | None], Any]:
-        commands = [lookup.command()]
+        commands = lookup.commands()
+        parts = len(commands)
         if args:
             commands += _CONNECTION.pack_command("EVALSHA", script.sha, 1, prefix, *args)
         wire = b"".join(commands)
-        buckets, *answer = await self._calls.run(lambda: self._exchange(wire, 1 + bool(args)), timeout_s)
+        replies = await self._calls.run(lambda: self._exchange(wire, parts + bool(args)), timeout_s)
+        found, answer = replies[:parts], replies[parts:]
         if answer and isinstance(answer[0], exceptions.NoScriptError):
             answer = [await self.run(prefix, script, args, timeout_s)]
-        for reply in (buckets, *answer):
+        for reply in (*found, *answer):
             if isinstance(reply, Exception):
                 raise DirectoryError(f"redis {self._name}: {reply}") from reply
-        return buckets, answer[0] if answer else []
+        return list(chain.from_iterable(found)), answer[0] if answer else []
 
     async def run(self, prefix: bytes, script: Script, args: Sequence[Any], timeout_s: float) -> Any:
         return await self._calls.run(lambda: _evaluated(self._client, prefix, script, args), timeout_s)

@@ -83,7 +83,8 @@ class SegmentFile:
         self._direct_read_fd = -1  # opened with the first read
         self._reads_directly = bool(_O_DIRECT) and geometry.block_bytes % DIRECT_ALIGN == 0
         self._opening = threading.Lock()
-        self._cached_bytes = 0  # written through the page cache and not yet put on their way, the last of the file
+        self._writing = threading.Lock()  # what two writers share
+        self._cached = (0, 0)  # from where to where bytes were written through the page cache and not yet put on their way
 
     @classmethod
     def create(cls, directory: Path, segment: int, geometry: Geometry, layout: KvLayout, calls: FileCalls) -> SegmentFile:
@@ -134,22 +135,27 @@ class SegmentFile:
             os.ftruncate(self._fd, self.geometry.bytes_with(used))
 
     def write_bytes(self, first: int, blocks: Sequence[memoryview]) -> None:
-        """The bytes of consecutive slots from `first`, in the order of the slots. Raises OSError: nothing of it counts then.
+        """The bytes of consecutive slots from `first`; two threads at a time may. Raises OSError: nothing of it counts then.
 
         What went into the page cache is put on its way soon: left to itself the kernel lets it pile up for seconds,
         then floods the disk and halts every writer, this one in front.
         """
         assert first + len(blocks) <= self.geometry.slots, "the segment is full"
         offset, size = self.geometry.data_of(first), len(blocks) * self.geometry.block_bytes
+        if self._write_direct(blocks, offset):
+            return
+        self._write_all(blocks, offset)
         full = first + len(blocks) == self.geometry.slots
-        if not self._write_direct(blocks, offset):
-            self._write_all(blocks, offset)
-            self._cached_bytes += size
-        if self._cached_bytes >= START_BYTES or (full and self._cached_bytes):
-            self._calls.start_writing(self._fd, offset + size - self._cached_bytes, self._cached_bytes)
-            self._cached_bytes = 0
-        if full:
-            self._end_direct()
+        with self._writing:
+            start, end = self._cached
+            self._cached = start, end = min(start, offset) if end else offset, max(end, offset + size)
+            if end - start >= START_BYTES or full:
+                self._calls.start_writing(self._fd, start, end - start)
+                self._cached = (0, 0)
+
+    def end_writing(self) -> None:
+        """Once no slot is left to write and none is being written."""
+        self._end_direct()
 
     def write_headers(self, first: int, headers: Sequence[bytes]) -> None:
         """Makes consecutive slots count, whose bytes are written. Raises OSError."""
@@ -216,8 +222,9 @@ class SegmentFile:
         if not _O_DIRECT or self.geometry.block_bytes % DIRECT_ALIGN:
             return False
         try:
-            if self._direct_fd < 0:
-                self._direct_fd = self._calls.open(self.path, os.O_WRONLY | _O_DIRECT)
+            with self._writing:
+                if self._direct_fd < 0:
+                    self._direct_fd = self._calls.open(self.path, os.O_WRONLY | _O_DIRECT)
             return _all(self._calls.pwritev, self._direct_fd, blocks, offset) == len(blocks) * self.geometry.block_bytes
         except OSError as error:
             if error.errno != errno.EINVAL:

@@ -61,7 +61,8 @@ class SegmentStore:
         self._moving: set[BlockKey] = set()  # kept from a dropped segment, not yet written again
         self._newest = 0  # segment number; none is used twice while the directory lives
         self._directory_fd = -1
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kv-disk-bytes")
+        # Two: the next piece stands at the disk when one is done, whoever holds the interpreter just then.
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="kv-disk-bytes")
 
     @classmethod
     def open(
@@ -128,6 +129,8 @@ class SegmentStore:
             unwanted = [record for block, record in zip(blocks, records, strict=True) if not self._adopt(block, record, wanted)]
         for record in unwanted:
             file.clear(record.slot)
+        if first + len(blocks) == file.geometry.slots:
+            file.end_writing()
         self.stats.write_seconds.observe(time.perf_counter() - begun.began_s)
 
     @contextmanager

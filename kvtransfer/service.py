@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import grpc
 
-from core.blocks import KEY_BYTES, BlockRecord
+from core.blocks import BlockRecord
 from core.errors import InvalidRequestError, LeaseExpiredError
 from core.wire import closing_to_pb, key_from_pb, record_to_pb
 from kvtransfer.codec import RAW
@@ -117,11 +117,12 @@ class KvServicer(kv_pb2_grpc.KvServicer):
     def _readable(self, request: kv_pb2.ReadRequest, context: _ReadContext) -> Asked:
         if context.time_remaining() is None:
             raise InvalidRequestError("Read needs a deadline; set one on the call")
-        if len(request.blocks) > READ_BLOCKS_MAX:
-            raise InvalidRequestError(f"{len(request.blocks)} blocks in one Read; ask for at most {READ_BLOCKS_MAX}")
-        if any(len(block.key) not in (0, KEY_BYTES) for block in request.blocks):
-            raise InvalidRequestError(f"a block key has {KEY_BYTES} bytes or none")
-        asked = Asked([(block.index, block.block_id, block.generation, block.digest) for block in request.blocks])
+        if len(request.block_ids) > READ_BLOCKS_MAX:
+            raise InvalidRequestError(f"{len(request.block_ids)} blocks in one Read; ask for at most {READ_BLOCKS_MAX}")
+        columns = (request.indices, request.block_ids, request.generations, request.digests)
+        asked = Asked(*(list(column) for column in columns))
+        if request.codec not in ("", RAW) and len(asked.digests) < len(asked):
+            raise InvalidRequestError("a Read through a codec tells the digest of each block")
         places = list(zip(asked.block_ids, asked.generations, strict=True))
         self._exports.check_readable(key_from_pb(request.key), request.epoch, places)
         return asked

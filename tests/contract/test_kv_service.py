@@ -17,7 +17,7 @@ from transport_suite import until
 from core.blocks import KvSource, KvTicket
 from core.errors import TransferError
 from core.request import AttemptKey
-from core.wire import key_to_pb, record_to_pb
+from core.wire import key_to_pb
 from kvtransfer.arena import host_id
 from kvtransfer.service import READ_BLOCKS_MAX
 from tandem.v1 import kv_pb2, kv_pb2_grpc
@@ -119,22 +119,23 @@ async def test_done_ends_stream_and_export(served):
     [
         ({"epoch": EPOCH + 1}, grpc.StatusCode.UNAVAILABLE, "epoch"),
         ({"key": key_to_pb(AttemptKey("request", 2))}, grpc.StatusCode.UNAVAILABLE, "not on offer"),
-        ({"blocks": "many"}, grpc.StatusCode.INVALID_ARGUMENT, "ask for at most"),
-        ({"blocks": "foreign"}, grpc.StatusCode.UNAVAILABLE, "were not announced"),
-        ({"blocks": "bad key"}, grpc.StatusCode.INVALID_ARGUMENT, "16 bytes"),
+        (
+            {"indices": [0] * (READ_BLOCKS_MAX + 1), "block_ids": [0] * (READ_BLOCKS_MAX + 1)},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "ask for at most",
+        ),
+        ({"block_ids": [5], "generations": [1]}, grpc.StatusCode.UNAVAILABLE, "were not announced"),
+        ({"indices": [0, 1]}, grpc.StatusCode.INVALID_ARGUMENT, "as many indices"),
+        ({"digests": [1, 2]}, grpc.StatusCode.INVALID_ARGUMENT, "as many digests"),
+        ({"codec": "planes"}, grpc.StatusCode.INVALID_ARGUMENT, "digest of each block"),
     ],
 )
 async def test_reads_are_bounded_to_what_was_announced(served, change, status, message):
     source, stub = served
     source.open(KEY)
-    record = record_to_pb(source.announce(KEY, TOKENS, 0, 1)[0])
-    blocks = {
-        "many": [record] * (READ_BLOCKS_MAX + 1),
-        "foreign": [kv_pb2.BlockRecord(block_id=5, generation=1)],
-        "bad key": [kv_pb2.BlockRecord(key=b"short")],
-    }
-    fields = {"key": key_to_pb(KEY), "epoch": EPOCH, "blocks": [record], **change}
-    fields["blocks"] = blocks.get(fields["blocks"], fields["blocks"]) if "blocks" in change else fields["blocks"]
+    record = source.announce(KEY, TOKENS, 0, 1)[0]
+    place = {"indices": [0], "block_ids": [record.block_id], "generations": [record.generation]}
+    fields = {"key": key_to_pb(KEY), "epoch": EPOCH, **place, **change}
     code, details = await failure(stub.Read(kv_pb2.ReadRequest(**fields), timeout=5))
     assert code is status
     assert message in details

@@ -81,7 +81,8 @@ def test_a_copy_told_to_stop_stops_at_a_span(arena):
 
 
 def asked(records):
-    return Asked([(record.index, record.block_id, record.generation, record.digest) for record in records])
+    columns = ("index", "block_id", "generation", "digest")
+    return Asked(*([getattr(record, column) for record in records] for column in columns))
 
 
 @pytest.mark.parametrize("chunk_bytes", [1000, 600_000, 1_000_000, 2_400_000, 10**8])
@@ -136,6 +137,6 @@ async def test_what_a_thread_raises_reaches_the_caller(arena):
 async def test_a_closed_copier_refuses_large_copies(arena):
     c = copier(arena)
     c.close()
-    assert arena.block_bytes > INLINE_BYTES_MAX
+    count = INLINE_BYTES_MAX // arena.block_bytes + 1
     with pytest.raises(TransferError, match="closed"):
-        await c.copy(Memory(arena.bytes_view(), arena.generations), offer(arena, [1]), [0])
+        await c.copy(Memory(arena.bytes_view(), arena.generations), offer(arena, list(range(count))), list(range(count)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from core.errors import ConfigError
 from kvtransfer.breaker import Breaker
-from kvtransfer.redis_layout import BUCKETS, RECORD_BYTES, Layout, read_words, words_in
+from kvtransfer.redis_layout import BUCKETS, COMMAND_BUCKETS, RECORD_BYTES, Layout, read_words, words_in
 from kvtransfer.redis_url import RedisTarget, parse_redis_url
 
 
@@ -97,18 +97,21 @@ def test_any_text_is_a_url_or_a_plain_error(text):
 @pytest.mark.parametrize("shards", [1, 16])
 def test_a_key_is_looked_up_where_it_is_written(shards):
     layout = Layout("t", shards)
-    keys = random.Random(shards).randbytes(16 * 500)
+    keys = random.Random(shards).randbytes(16 * 2500)
     written, lookups = layout.packed(keys), layout.lookup(keys)
     assert written.keys() == lookups.keys()
-    assert sorted(place for lookup in lookups.values() for place in lookup.places) == list(range(500))
+    assert sorted(place for lookup in lookups.values() for place in lookup.places) == list(range(2500))
     for shard, lookup in lookups.items():
         name = layout.prefixes[shard] + b"entries"
         rows = [written[shard][at : at + 9] for at in range(0, len(written[shard]), 9)]
         assert [row[:3] for row in rows] == lookup.buckets()
         assert [row[3:] for row in rows] == lookup.tags()
         assert all(int.from_bytes(row[:3], "little") < BUCKETS // shards for row in rows)
-        words = b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in (b"HMGET", name, *lookup.buckets()))
-        assert lookup.command() == b"*%d\r\n" % (2 + len(rows)) + words
+        parts = [lookup.buckets()[first : first + COMMAND_BUCKETS] for first in range(0, len(rows), COMMAND_BUCKETS)]
+        commands = [(b"HMGET", name, *part) for part in parts]
+        packed = [b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words) for words in commands]
+        told = [b"*%d\r\n%s" % (len(words), text) for words, text in zip(commands, packed, strict=True)]
+        assert lookup.commands() == told
     assert (
         len(
             {
@@ -117,7 +120,7 @@ def test_a_key_is_looked_up_where_it_is_written(shards):
                 for bucket, tag in zip(lookup.buckets(), lookup.tags(), strict=True)
             }
         )
-        == 500
+        == 2500
     )
 
 
