@@ -37,6 +37,9 @@ class TokenLog:
     def accept(self, tokens: Iterable[TokenEvent], *, hold: bool) -> tuple[tuple[TokenEvent, ...], bool]:
         """Takes what is next. Returns (accepted in order, whether a gap was met); sets `finished` on the last token."""
         accepted: list[TokenEvent] = []
+        tokens = tuple(tokens)
+        if len(tokens) > 1 and self._extend(tokens):
+            return tokens, False
         for token in tokens:
             position = token.position
             if self.finished is not None or position < len(self.ids):
@@ -52,6 +55,19 @@ class TokenLog:
             while self.finished is None and len(self.ids) in self._early:
                 self._append(self._early.pop(len(self.ids)), accepted)
         return tuple(accepted), False
+
+    def _extend(self, tokens: tuple[TokenEvent, ...]) -> bool:
+        """Takes many at once where they are just what is next and at most the last one ends it; else nothing."""
+        ids, have = [token.token_id for token in tokens], len(self.ids)
+        if self._early or self.finished is not None or have + len(tokens) > self._max_tokens:
+            return False
+        if any(token.position != place for place, token in enumerate(tokens, have)):
+            return False
+        if any(token.finish_reason is not None for token in tokens[:-1]) or not self._stop_ids.isdisjoint(ids[:-1]):
+            return False
+        self.ids += ids[:-1]
+        self._append(tokens[-1], [])
+        return True
 
     def _append(self, token: TokenEvent, accepted: list[TokenEvent]) -> None:
         self.ids.append(token.token_id)

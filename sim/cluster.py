@@ -81,7 +81,7 @@ class SimController:
         self._membership = Membership(min(max(early, 1.5 * config.heartbeat_s), config.dead_after_s), config.dead_after_s)
         self._reconciler = Reconciler(pools.desired, RestartPolicy(config.start_timeout_s, config.grace_s))
         self._routers: list[SimRouter] = []
-        self._said: dict[str, tuple[WorkerReport, float]] = {}
+        self._said: dict[str, float] = {}
         self._sequence: dict[str, int] = {}
         self._views: dict[str, tuple[WorkerReport, WorkerView]] = {}
         self._announced = -1
@@ -143,7 +143,7 @@ class SimController:
             if not worker.alive:
                 continue
             said = self._said.get(worker.name)
-            due = said is None or now - said[1] >= heartbeat_s - 1e-9
+            due = said is None or now - said >= heartbeat_s - 1e-9
             if due or worker.changed:
                 self._report(worker)
         self._site.events.later(LOOK_S, self._look)
@@ -151,10 +151,9 @@ class SimController:
     def _report(self, worker: SimWorker) -> None:
         site, name = self._site, worker.name
         worker.changed = False
-        report = worker.report()
-        self._said[name] = (report, site.events.now())
         self._sequence[name] += 1
-        report = replace(report, sequence=self._sequence[name])
+        report = worker.report(self._sequence[name])
+        self._said[name] = site.events.now()
         if self.reports_lost and self._draw.random() < self.reports_lost:
             return
         delay_s = site.config.sim.report_delay_s

@@ -9,12 +9,12 @@ test holds this loop against `StepLoop` step by step.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 from core.blocks import BlockKey, BlockRecord, blocks_for
 from core.config import EngineConfig
-from core.cost_model import StepShape
+from core.cost_model import StepCost, StepShape
 from core.inventory import Inventory
 from core.request import FinishReason, TokenEvent, WorkItem
 from engine.loop import StepLoop, _Changes
@@ -89,6 +89,8 @@ class CountedLoop(StepLoop):
         super().__init__(config, role, inventory, executor, lambda salt: salt)
         self._step_s = step_s
         self._horizon_s = horizon_s
+        owner = getattr(step_s, "__self__", None)
+        self._linear = owner if isinstance(owner, StepCost) else None
         self._work: list[tuple[CountedSequence, int]] = []
         self._ends: list[float] = []  # of the steps under way
         self._changes = _Changes()
@@ -188,13 +190,22 @@ class CountedLoop(StepLoop):
         room, size = self._scheduler._available(), self._block_size
         while most > 1 and rows * (-(-most // size)) > room:
             most //= 2
-        ends, context, step_s, horizon = self._ends, shape.decode_context, self._step_s, now + self._horizon_s
+        ends, horizon = self._ends, now + self._horizon_s
         at = ends[0]
-        for n in range(1, most):
-            at += step_s(StepShape(0, 0, rows, context + n * rows))
+        for took_s in self._more_steps(rows, shape.decode_context, most):
+            at += took_s
             if at > horizon:
                 return
             ends.append(at)
+
+    def _more_steps(self, rows: int, context: int, most: int) -> Iterator[float]:
+        """What the second step of so many rows takes, and those after it. A linear cost grows by the same each time."""
+        linear = self._linear
+        if linear is None:
+            return (self._step_s(StepShape(0, 0, rows, context + n * rows)) for n in range(1, most))
+        more_s = linear.decode_context_s * rows
+        first_s = linear.decode_s(rows, context) + more_s
+        return (first_s + n * more_s for n in range(most - 1))
 
     def _hold(self, steps: int) -> None:
         """Takes the blocks that all rows need in the step after so many."""

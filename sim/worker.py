@@ -248,12 +248,13 @@ class SimWorker:
 
     # ---- what it says of itself ------------------------------------------------------------------------------------
 
-    def report(self) -> WorkerReport:
+    def report(self, sequence: int) -> WorkerReport:
         load, cost = self.load, self.replica.cost
         return WorkerReport(
             self.name,
             self.role,
             self.epoch,
+            sequence,
             state=self.state,
             grpc_address=f"{self.name}@{self.epoch}",
             blocks=self.inventory.counts(),
