@@ -69,7 +69,7 @@ class Measured(NamedTuple):
 
 
 def shape(model: str) -> ModelShape:
-    return shape_of({"_name_or_path": model} | CONFIGS[model], model)
+    return shape_of({"_name_or_path": model, **CONFIGS[model]}, model)
 
 
 def table(path: Path) -> list[dict[str, str]]:

@@ -170,8 +170,8 @@ def provisioning(setting: Setting) -> list[Row]:
         _ratio("AA over Baseline-A100 at equal power and cost", power["Splitwise-AA"], power["Baseline-A100"], 2.15),
         _ratio("HA over Baseline-H100 at equal power", power["Splitwise-HA"], base, 1.18),
         _ratio("AA over Baseline-H100 at equal cost", cost["Splitwise-AA"], base, 1.4),
-        _saving("AA: cost at Baseline-H100's throughput", cheaper and cheaper.cost / h100.cost, 0.75),
-        _saving("HHcap: power at Baseline-H100's throughput", cooler and cooler.power / h100.power, 0.75),
+        _saving("AA: cost at Baseline-H100's throughput", cheaper.cost / h100.cost if cheaper else None, 0.75),
+        _saving("HHcap: power at Baseline-H100's throughput", cooler.power / h100.power if cooler else None, 0.75),
     ]
     ranked = (
         power["Splitwise-AA"].rate_rps > power["Baseline-A100"].rate_rps,
