@@ -16,11 +16,10 @@ from typing import NamedTuple
 from core.clock import SystemClock
 from core.config import Config
 from core.cost_file import read_cost_model
-from core.front_server import FrontServer
 from core.hostspec import HostSpec
 from core.report import WorkerReport, WorkerState
 from core.reporter import Reporter, first_report
-from core.service import Registration, serve
+from core.service import GrpcServer, Registration, serve
 from core.telemetry import Metrics, MetricsServer
 from core.text import Tokenizer
 from router.attempt import Limits
@@ -139,13 +138,13 @@ class Router:
                 await _first(stop, self._drain)
             await self._finish(server, web)
 
-    async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[FrontServer, WebServer]:
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> tuple[GrpcServer, WebServer]:
         """The two fronts, where users connect."""
         config, shared = self._spec.config.router, self._shared
         render = MetricsServer("", self._metrics).render
         app = build_app(self.frontend, self._text, render, config.max_body_bytes, self._watch.scrape_targets, self._new_id)
         web = await stack.enter_async_context(WebServer(app, config.http, SERVER_GRACE_S, shared=shared))
-        server = FrontServer(
+        server = serve(
             config.grpc,
             Registration("tandem.v1.Inference", add_InferenceServicer_to_server, self._inference),
             Registration("tandem.v1.Cluster", add_ClusterServicer_to_server, StatusServicer(self._watch.status)),
@@ -167,7 +166,7 @@ class Router:
         metrics = await stack.enter_async_context(MetricsServer(f"{listen.rpartition(':')[0]}:0", self._metrics))
         self._said = replace(self._said, peer_address=peer.address, metrics_address=metrics.address)
 
-    async def _announce(self, server: FrontServer, info: RouterInfo, on_ready: Callable[[RouterInfo], None] | None) -> None:
+    async def _announce(self, server: GrpcServer, info: RouterInfo, on_ready: Callable[[RouterInfo], None] | None) -> None:
         """Tells health checks, the controller and the host whether requests can be served, whenever that changes."""
         was: bool | None = None
         while True:
@@ -208,7 +207,7 @@ class Router:
         )
         return self._said
 
-    async def _finish(self, server: FrontServer, web: WebServer) -> None:
+    async def _finish(self, server: GrpcServer, web: WebServer) -> None:
         self.frontend.begin_close()
         await server.set_serving(False)
         self._said = replace(self._said, state=WorkerState.DRAINING)

@@ -11,8 +11,11 @@ from typing import Any
 
 import uvicorn
 
-from core.listen import bind
+from core.errors import ConfigError
 from router.http_connection import BoundedConnection
+
+_BACKLOG = 1024
+
 
 TICK_S = 1.0  # how often the Date header is renewed
 
@@ -64,8 +67,9 @@ class WebServer:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> WebServer:
-        sock, self.address = bind(self.address, "HTTP", shared=self._shared)
-        self._sock = sock
+        sock = self._sock = _bind(self.address, self._shared)
+        host, port = sock.getsockname()[:2]
+        self.address = f"{host}:{port}"
         self._task = asyncio.create_task(self._server.serve(sockets=[sock]), name="http")
         return self
 
@@ -91,3 +95,19 @@ async def web_server(app: Any, address: str, grace_s: float) -> AsyncIterator[st
     """A `WebServer`; yields its address."""
     async with WebServer(app, address, grace_s) as server:
         yield server.address
+
+
+def _bind(address: str, shared: bool) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((host.strip("[]"), int(port)))
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except (OSError, ValueError, OverflowError) as error:
+        sock.close()
+        raise ConfigError(f"cannot listen for HTTP on {address}: {error}; choose another router.http") from None
+    return sock

@@ -11,8 +11,7 @@ from typing import Any
 
 import grpc
 
-from core.front_server import FrontServer
-from core.service import Registration
+from core.service import Registration, serve
 from tandem import AsyncClient, Client, Result, Token
 from tandem.v1 import common_pb2 as common
 from tandem.v1 import inference_pb2 as pb
@@ -126,7 +125,7 @@ def serving(servicer: ScriptedInference) -> Iterator[str]:
 
     async def run() -> None:
         registration = Registration("tandem.v1.Inference", stubs.add_InferenceServicer_to_server, servicer)
-        async with FrontServer("127.0.0.1:0", registration, grace_s=0.1) as server:
+        async with serve("127.0.0.1:0", registration, grace_s=0.1) as server:
             address.append(server.address)
             up.set()
             await down.wait()

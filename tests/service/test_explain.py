@@ -16,8 +16,7 @@ import httpx
 import pytest
 from router_rig import PROMPT, Rig, rig, tokenizer
 
-from core.front_server import FrontServer
-from core.service import Registration
+from core.service import Registration, serve
 from router.http import build_app
 from router.service import InferenceServicer
 from router.web import web_server
@@ -40,7 +39,7 @@ async def doors(r: Rig) -> AsyncIterator[tuple[str, str]]:
     )
     app = build_app(r.front, tokenizer(), lambda: b"", 2**20)
     async with (
-        FrontServer("127.0.0.1:0", inference, grace_s=0, message_bytes_max=2**20) as server,
+        serve("127.0.0.1:0", inference, grace_s=0, message_bytes_max=2**20) as server,
         web_server(app, "127.0.0.1:0", 0.5) as http,
     ):
         yield server.address, http

@@ -11,8 +11,7 @@ from router_rig import PROMPT, Rig, rig, tokenizer
 from scripted_worker import expected
 
 from core.errors import PromptTooLongError
-from core.front_server import FrontServer
-from core.service import Registration
+from core.service import Registration, serve
 from router.service import InferenceServicer, StatusServicer
 from tandem import AsyncClient
 from tandem.sampling import SamplingParams
@@ -29,7 +28,7 @@ async def grpc_front(r: Rig):
             StatusServicer(lambda: cluster_pb2.ClusterSnapshot(model="scripted")),
         ),
     )
-    async with FrontServer("127.0.0.1:0", *servicers, grace_s=0, message_bytes_max=2**20) as server:
+    async with serve("127.0.0.1:0", *servicers, grace_s=0, message_bytes_max=2**20) as server:
         yield server.address
 
 
