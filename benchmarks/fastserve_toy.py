@@ -1,6 +1,6 @@
 """FastServe's toy example through the shipped `mlfq` order (`router/order.py`).
 
-Wu et al. (section 4.1, figure 5) compare four schedules of three jobs that come together: mean latencies of 4.23 (first come),
+Wu et al. (section 4.1) compare four schedules of three jobs that come together: mean latencies of 4.23 (first come),
 5 (multi-level feedback queue), 3.3 (skip-join) and 3 (shortest remaining time). The jobs themselves are in no source that we
 could open, so `JOBS` was found by search: with decodes of one quantum, these give all four figures. The first and the last
 follow from the sizes alone; that the two in between come out too is what the shipped order has to do.

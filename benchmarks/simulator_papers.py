@@ -36,7 +36,7 @@ LATENCIES = (("T4-4x_megatron_6.7B_profile.json", (1, 4), 5.447), ("T4-4x_megatr
 def vtc(seconds: float) -> list[Row]:
     fair, line = (vtc_bound.play(one, seconds, seed=0) for one in (True, False))
     how = f"{seconds:.0f} s of 1.5 and 3 requests/s, {fair.tokens_per_s:.0f} tokens/s (published: about 780)"
-    theorem, lemma = "2U = 40,000 (theorem 4.4)", "U = 20,000 (lemma 4.3)"
+    theorem, lemma = "2U = 40,000 (theorem 4.4)", "U = 20,000"
     named = (
         ("max", "largest difference of service between two backlogged clients", max(fair.gaps), vtc_bound.BOUND, theorem),
         ("avg", "mean difference of their service", sum(fair.gaps) / len(fair.gaps), vtc_bound.BOUND, theorem),
@@ -66,7 +66,7 @@ def spotserve() -> list[Row]:
         found = _profile(name).latency_s(Pipeline(stages, tensor, 1), 128)
         said = f"SpotServe: latency of (P, M) = ({stages}, {tensor}) at batch 1 (published {published} s), relative error"
         how = f"{found:.3f} s from {name}"
-        rows.append(Row(f"spotserve.latency.{name[:-5]}", said, abs(found / published - 1), "", 0.001, "<=", "table 1", how))
+        rows.append(Row(f"spotserve.latency.{name[:-5]}", said, abs(found / published - 1), "", 0.001, "<=", "SpotServe", how))
     model = _profile(LATENCIES[1][0])
     agree = []
     for situation, instances, rate, reported in DECISIONS:

@@ -181,7 +181,7 @@ def provisioning(setting: Setting) -> list[Row]:
         cooler is not None and cooler.power < h100.power,
     )
     said = "published comparisons of designs that come out the same way round"
-    return [*rows, Row("splitwise.ranking", said, sum(ranked) / len(ranked), "of 5", 1.0, peer="the paper, section 6")]
+    return [*rows, Row("splitwise.ranking", said, sum(ranked) / len(ranked), "of 5", 1.0, peer="the paper")]
 
 
 def _best(found: Found, equal: str) -> Row:

@@ -1,6 +1,6 @@
 """Splitwise's provisioning: how many machines of which kind for prompts and for tokens. Deciding code.
 
-Patel et al., ISCA 2024, section 4.4: a design (who computes prompts, who tokens) is swept over the grid of pool sizes within a
+Patel et al., ISCA 2024: a design (who computes prompts, who tokens) is swept over the grid of pool sizes within a
 budget; `evaluate` plays a short trace; whoever keeps all nine slow-downs is a candidate; the objective picks. Cost and power
 are those of its released notebooks, per machine.
 """
@@ -15,7 +15,7 @@ from types import MappingProxyType
 SLOWDOWNS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     {"ttft": (2.0, 3.0, 6.0), "tbt": (1.25, 1.5, 5.0), "e2e": (1.25, 1.5, 5.0)}
 )
-"""Limits at p50, p90 and p99 against an uncontended DGX-A100 (table 5)."""
+"""Limits at p50, p90 and p99 against an uncontended DGX-A100."""
 PERCENTILES = (0.50, 0.90, 0.99)
 
 
@@ -124,7 +124,7 @@ def splits(design: Design, budget: float, objective: Objective, step: int = 5) -
 def most_throughput(
     design: Design, budget: float, objective: Objective, rates: Sequence[float], evaluate: Evaluate, step: int = 5
 ) -> Found:
-    """The split that keeps all limits at the highest of the rising `rates`; of equals the one with most prompt machines.
+    """The split that keeps all limits at the highest of the rising `rates`; of equals the one nearest the middle of the grid.
 
     Splits are tried from the middle of the grid outwards and only at rates above the best so far, so most cost one play.
     """

@@ -1,6 +1,6 @@
 """SpotServe's parallelization controller: which pipelines to run on the spot instances there are. Deciding code.
 
-Miao et al., ASPLOS 2024, algorithm 1 and section 3.2. A configuration (D, P, M, B) is D pipelines of P stages, each split over
+Miao et al., ASPLOS 2024, algorithm 1. A configuration (D, P, M, B) is D pipelines of P stages, each split over
 M GPUs, with batches of B. Where some configuration keeps up with the arrivals, the quickest answer is taken, of similarly quick
 ones the one on fewest instances; else the one that serves most. Latency is their estimate from a profile of one layer
 (FasterTransformer, batches that run from prompt to last token together).

@@ -1,6 +1,6 @@
 """One machine of Splitwise's cluster: what it runs in each iteration, as its authors' simulator has it. Deciding code.
 
-Iteration-level batching of whole prompts (Patel et al., ISCA 2024, section 4.2): at most 512 sequences and 2,048 tokens, a
+Iteration-level batching of whole prompts (Patel et al., ISCA 2024): at most 512 sequences and 2,048 tokens, a
 longer prompt alone; prompts before tokens, whoever was passed over four times before everybody. A run of iterations in which
 nobody ends is one event.
 """

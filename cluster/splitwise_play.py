@@ -1,6 +1,6 @@
 """Requests through a cluster of Splitwise's: prompt, token and mixed pools, and the colocated baseline. Deciding code.
 
-Patel et al., ISCA 2024, section 4.1 and its released simulator: a request gets its prompt machine and its token machine at
+Patel et al., ISCA 2024, and its released simulator: a request gets its prompt machine and its token machine at
 once, by fewest pending tokens and least promised memory; who is full lends from the mixed pool, then from the opposite one.
 The KV crosses a link of its own at `link_bytes_per_s` after the prompt, nothing contends for it.
 """

@@ -1,6 +1,6 @@
 """Step times read off a measured table, straight lines between its points: Splitwise's performance model. Deciding code.
 
-Patel et al. (ISCA 2024, section 5.1) interpolate linearly over the tokens of a batch; their released simulator looks the time
+Patel et al. (ISCA 2024) interpolate linearly over the tokens of a batch; their released simulator looks the time
 of a decode up under its *number of sequences* although the table was made over prompt tokens, and charges a mixed step 1.1
 times a prompt step of all its tokens. That is kept (`Lookup.ROWS`), so that its results can be had exactly. `Lookup.CONTEXT`
 looks a decode up under the tokens that its sequences hold, which is what the table says.

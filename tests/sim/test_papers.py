@@ -33,7 +33,7 @@ def test_two_clients_with_work_are_served_within_the_bound(seed: int) -> None:
     played = vtc_bound.play(fair=True, seconds=180, seed=seed)
     assert len(played.gaps) > 1000
     assert max(played.gaps) <= vtc_bound.BOUND
-    assert played.counters <= vtc_bound.BOUND / 2, "counters stay within U (lemma 4.3)"
+    assert played.counters <= vtc_bound.BOUND / 2, "counters stay within U"
 
 
 def test_first_come_lets_the_difference_grow_without_bound() -> None:
