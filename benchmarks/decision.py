@@ -29,6 +29,7 @@ from core.kv_changes import KEYS_MAX, KvChanges
 from core.report import WorkerState
 from core.request import Slo, WorkerRole
 from router.block_index import BlockIndex
+from router.key_runs import PromptKeys
 from router.policies import make_policy
 from router.policy import Need, Pair
 from router.situation import Situation
@@ -118,7 +119,7 @@ class Town:
 
     def prompt(self) -> tuple[BlockKey, ...]:
         known = self.rng.choice(self.conversations)[: self.rng.randrange(BLOCKS)]
-        return tuple(bytes(bytearray(key)) for key in (*known, *random_keys(BLOCKS - len(known), self.rng)))
+        return PromptKeys(bytes(bytearray(key)) for key in (*known, *random_keys(BLOCKS - len(known), self.rng)))
 
 
 def decided(town: Town, name: str, rounds: int) -> Timed:
@@ -144,7 +145,7 @@ def keys_made(rounds: int) -> float:
     for _ in range(rounds):
         tokens = [rng.randrange(128_000) for _ in range(BLOCKS * BLOCK_TOKENS)]
         began = time.thread_time()
-        block_keys(root_key(LAYOUT.fingerprint), tokens, BLOCK_TOKENS)
+        PromptKeys(block_keys(root_key(LAYOUT.fingerprint), tokens, BLOCK_TOKENS))
         taken.append((time.thread_time() - began) / BLOCKS)
     return sorted(taken)[rounds // 2] * 1e6
 

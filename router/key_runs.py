@@ -7,7 +7,7 @@ looked up hundreds at a time. Keys are taken by their first 64 bits, which is en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,20 @@ SHORT_RUN, LOOK_KEYS = 64, 512
 _GONE = np.uint64(0)
 
 
+class PromptKeys(tuple[BlockKey, ...]):
+    """Keys of a prompt's blocks, with what they are looked up by: made once, with the keys, for all decisions on the prompt."""
+
+    short: Keys
+
+    def __new__(cls, keys: Iterable[BlockKey]) -> PromptKeys:
+        made = super().__new__(cls, keys)
+        made.short = packed_keys(b"".join(made))
+        return made
+
+
 def short_keys(keys: Sequence[BlockKey]) -> Keys:
     """The first 8 bytes of each key."""
-    return packed_keys(b"".join(keys))
+    return keys.short if isinstance(keys, PromptKeys) else packed_keys(b"".join(keys))
 
 
 def packed_keys(keys: bytes) -> Keys:

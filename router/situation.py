@@ -14,6 +14,7 @@ from core.report import WorkerState
 from core.request import WorkerRole
 from router.block_index import BlockIndex
 from router.calibration import Calibration
+from router.key_runs import PromptKeys
 from router.pools import Column, Pool, typical_cost
 from router.view import Claim, Claims, ClusterView, Held, WorkerView
 
@@ -82,7 +83,7 @@ class Situation:
         """Keys of the prompt's full blocks, as workers make them; none before a worker has named its layout."""
         if self._layout is None:
             return ()
-        return tuple(block_keys(root_key(self._layout.fingerprint, cache_salt), prompt, self._layout.block_size))
+        return PromptKeys(block_keys(root_key(self._layout.fingerprint, cache_salt), prompt, self._layout.block_size))
 
     def cached_blocks(self, pool: Pool, keys: Sequence[BlockKey]) -> Column:
         """Of a prompt's blocks, how many each worker of the pool has in memory, without a gap, as far as the index knows."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from core.entry_table import NOTHING, Keys
 from router import key_runs
-from router.key_runs import LOOK_KEYS, SHORT_RUN, KeyRuns, short_keys
+from router.key_runs import LOOK_KEYS, SHORT_RUN, KeyRuns, PromptKeys, short_keys
 
 
 def put(runs: KeyRuns, keys: list[int], values: list[int]) -> None:
@@ -32,6 +32,12 @@ def leading(runs: KeyRuns, keys: Keys) -> list[int]:
 
 def test_short_keys_are_the_first_eight_bytes():
     assert short_keys([bytes(range(16)), b"\x00" * 16]).tolist() == [int.from_bytes(bytes(range(8)), "little"), 1]
+
+
+def test_keys_of_a_prompt_are_looked_up_by_the_same():
+    keys = [bytes(range(n, n + 16)) for n in range(20)]
+    assert PromptKeys(keys) == tuple(keys)
+    assert short_keys(PromptKeys(keys)).tolist() == short_keys(keys).tolist()
 
 
 @settings(max_examples=40, deadline=None)

@@ -117,6 +117,7 @@ def test_claims_move_the_columns_without_a_new_view():
     assert make_policy("least_load").decide(here, Need(10)).place == Pair("p1", "d1")
 
 
+some = st.none() | st.sampled_from([f"w{n}" for n in range(7)])
 costs = st.none() | st.builds(StepCost, *[st.floats(0, 1e3)] * 5)
 counts = st.integers(-5, 2**32 - 1)
 workers_drawn = st.builds(
@@ -151,13 +152,18 @@ workers_drawn = st.builds(
     slo=st.builds(Slo, ttft_s=st.none() | st.floats(1e-9, 1e9), tbt_s=st.none() | st.floats(1e-9, 1e9)),
     answer=st.integers(0, 10**6),
     prefer=st.none() | st.builds(Pair, st.sampled_from([None, "w0", "w1"]), st.sampled_from(["w0", "w1", "w9"])),
+    claimed=st.lists(st.builds(Claim, some, st.integers(0, 10**5), some, st.integers(0, 10**5)), max_size=5),
+    now=st.floats(0, 1e6),
 )
 def test_no_policy_raises_or_places_where_it_must_not(
-    policy, workers, connected, avoid, cached, draw, tokens, slo, answer, prefer
+    policy, workers, connected, avoid, cached, draw, tokens, slo, answer, prefer, claimed, now
 ):
     view = ClusterView(1, MappingProxyType({w.worker_id: w for w in workers}))
-    here = replace(situation(*workers, cached=cached), view=view, connected=frozenset(connected))
-    need = Need(tokens, frozenset(avoid), prefer, KEYS[: tokens // 16], draw, slo, answer)
+    claims = Claims()
+    for claim in claimed:
+        claims.swap(NO_CLAIM, claim, now / 2)
+    here = replace(situation(*workers, cached=cached, claims=claims), view=view, connected=frozenset(connected))
+    need = Need(tokens, frozenset(avoid), prefer, KEYS[: tokens // 16], draw, slo, answer, now)
     place = make_policy(policy).decide(here, need).place
     usable = {w.worker_id for w in workers if w.state is WorkerState.READY} & connected - avoid
     roles = {w.worker_id: w.role for w in workers}
