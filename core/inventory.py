@@ -178,8 +178,7 @@ class Inventory(TableView):
             return
         for log in self._logs:
             if log.followed:
-                for block in fresh:
-                    log.came(self._key[block] or b"")
+                log.came_all([self._key[block] or b"" for block in fresh])
 
     def match(self, keys: Sequence[BlockKey]) -> list[int]:
         """The blocks of the longest resident prefix of `keys`, a reference taken on each for the caller."""
@@ -244,8 +243,12 @@ class Inventory(TableView):
         """Takes one more reference on each block for `holder`. Leasing again adds blocks and never shortens the lease."""
         blocks = list(blocks)
         with self._lock:
+            refs = self._refs
             for block in blocks:
-                self._take(block)
+                if refs[block]:
+                    refs[block] += 1
+                else:
+                    self._take(block)
             self._leases.add(holder, blocks, until)
 
     def renew(self, holder: AttemptKey, until: float) -> bool:

@@ -42,6 +42,13 @@ class ChangeLog:
         else:
             self._added[key] = None
 
+    def came_all(self, keys: list[BlockKey]) -> None:
+        if self._removed:
+            for key in keys:
+                self.came(key)
+        else:
+            self._added.update(dict.fromkeys(keys))
+
     def went(self, key: BlockKey) -> None:
         if key in self._added:
             del self._added[key]

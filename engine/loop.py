@@ -86,6 +86,10 @@ class StepLoop:
         self._left: list[AttemptKey] = []
         self._failed_steps = 0
 
+    def __len__(self) -> int:
+        """Attempts in here, whatever they wait for."""
+        return len(self._sequences)
+
     def submit(
         self,
         item: WorkItem,
@@ -163,6 +167,10 @@ class StepLoop:
             changes.num_tokens,
             changes.shape,
         )
+
+    def waits(self) -> bool:
+        """Whether anybody waits for memory or for a place in the batch."""
+        return bool(self._scheduler.waiting or self._scheduler.ready)
 
     def load(self) -> EngineLoad:
         """May be called from any thread."""

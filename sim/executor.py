@@ -10,7 +10,7 @@ from core.config import EngineConfig
 from core.cost_model import StepShape
 from core.inventory import Inventory
 from engine.loop import StepLoop
-from engine.output import EngineLoad, StepOutput
+from engine.output import StepOutput
 from engine.role import Role
 from engine.step import Sampled, SampleSpec, StepPlan
 from sim.counted import ANY_ID, StepTime
@@ -76,6 +76,3 @@ class ExactLoop(StepLoop):
     def finish(self) -> StepOutput:
         output, self._output = self._output, StepOutput()
         return output
-
-
-IDLE = EngineLoad(0, 0, 0)

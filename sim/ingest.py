@@ -66,7 +66,7 @@ class SimIngests:
     def reserve(self, item: WorkItem) -> None:
         """Answered at once, yes or no: the rules of `decode_worker.service` and `decode_worker.ingest`."""
         worker, key, size = self._worker, item.key, self._size
-        if worker.load.running + worker.load.waiting + len(self) >= worker.config.max_running:
+        if len(worker.engine) + len(self) >= worker.config.max_running:
             self._refuse(key, f"{worker.config.max_running} requests run here already")
             return
         worker.cut()
@@ -192,6 +192,7 @@ class SimIngests:
         full = min(upto, reservation.full)
         worker.inventory.commit_run(reservation.blocks, reservation.keys, reservation.landed, full)
         reservation.landed = upto
+        worker.changed = True
         worker.on_blocks()
         self._go_on(key, reservation)
 

@@ -64,7 +64,8 @@ class Content:
         """Of the first so many blocks of the prompt and the answer behind it."""
         known = self._keys
         if len(known) < full_blocks:
-            first, last = len(known), max(full_blocks, self.input_tokens // self.size)
+            whole = (self.input_tokens + self.output_tokens) // self.size
+            first, last = len(known), max(full_blocks, whole)
             known += self._make(first, last)
         return known if len(known) == full_blocks else known[:full_blocks]
 

@@ -22,7 +22,7 @@ from engine.role import Terms
 from router import events as ev
 from sim.counted import CountedLoop
 from sim.events import Event
-from sim.executor import IDLE, CostExecutor, ExactLoop
+from sim.executor import CostExecutor, ExactLoop
 from sim.exports import SimExports
 from sim.feeds import SimFeeds
 from sim.ingest import SimIngests
@@ -54,7 +54,6 @@ class SimWorker:
         self.source = KvSource(name, epoch, name)
         self._root = root_key(replica.layout.fingerprint)
         self.engine = self._make_engine()
-        self.load: EngineLoad = IDLE
         self.exports = SimExports(self)
         self.ingests = SimIngests(self)
         self._inbox: list[Callable[[float], object]] = []
@@ -82,6 +81,7 @@ class SimWorker:
     def command(self, router: SimRouter, command: ev.Send) -> None:
         if not self.alive:
             return
+        self.changed = True
         peer = self.talk.peer(router)
         match command:
             case ev.SendCancel(_, key):
@@ -126,6 +126,10 @@ class SimWorker:
         else:
             self.cut()
 
+    @property
+    def load(self) -> EngineLoad:
+        return self.engine.load()
+
     def submit(self, item: WorkItem, now: float, terms: Terms, blocks: list[int] | None = None, computed: int = 0) -> bool:
         """False when the engine did not take it; whoever asked has been told and the blocks are released."""
         try:
@@ -147,7 +151,7 @@ class SimWorker:
         """Memory came free: who waits for it is looked at."""
         if self._step is None:
             self._turn()
-        elif self.load.waiting:
+        elif self.engine.waits():
             self.cut()
 
     def cut(self) -> None:
@@ -177,7 +181,6 @@ class SimWorker:
                 inbox, self._inbox = self._inbox, []
                 for run in inbox:
                     run(now)
-            self.load = engine.load()
             if not engine.has_work():
                 break
             self._began = now
@@ -190,7 +193,6 @@ class SimWorker:
     def _stepped(self) -> None:
         self._step, self._turning = None, True
         output = self.engine.finish()
-        self.load = self.engine.load()
         self._on_output(output, self.site.events.now())
         self._turning = False
         self._turn()
