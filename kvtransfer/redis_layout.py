@@ -40,8 +40,8 @@ TAG_BYTES = 6
 WORD_BYTES = 4
 RECORD_BYTES = TAG_BYTES + WORD_BYTES
 BUCKET_BYTES = 3
-COMMAND_BUCKETS = 1024
-"""Asked for by one command of nine KiB: Redis reads 16 KiB at a time, does what is whole, and answers before it reads on."""
+COMMAND_BUCKETS = 512
+"""Asked for by one command: Redis reads 16 KiB at a time, does the commands that are whole, and answers before it reads on."""
 SWEEP_BUCKETS = 256
 """Swept by one call, in about a millisecond."""
 _SHARD_BYTE = KEY_BYTES - 1
@@ -69,7 +69,7 @@ class Lookup:
         return _rows(self._tags)
 
     def commands(self) -> list[bytes]:
-        """`HMGET` of the buckets as it goes over the wire, a thousand of them in each, so that the first answers are read
+        """`HMGET` of the buckets as it goes over the wire, some hundreds of them in each, so that the first answers are read
         while Redis is busy with the next. Bucket names have one length, so that is one copy of a pattern: encoding 2,048
         arguments one by one takes longer than Redis takes to answer."""
         wire = np.empty((len(self._buckets), 4 + BUCKET_BYTES + 2), np.uint8)

@@ -25,7 +25,7 @@ from kvtransfer.spans import coalesce
 from kvtransfer.tcp_wire import HANDSHAKE_S, Security, Wire, introduce, tune
 
 PART_BYTES_MAX = 32 * 2**20  # of one request; with 8 MiB the source spends half as much processor time again on requests
-SHARE_BYTES_MIN = 16 * 2**20  # a second connection for less does not pay for waking its thread
+SHARE_BYTES_MIN = 8 * 2**20  # a second connection for less does not pay for waking its thread
 DECODED_SHARE_BYTES_MIN = 2**20  # but where the bytes are worth a second processor
 DIGEST_SPAN_BYTES = 2**20  # received, then digested while still in the core's cache
 AHEAD = 2  # requests on their way at a time, so that the source never waits for the next one
