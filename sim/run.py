@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +20,8 @@ from sim.workload import Arrival
 from sim.world import WARM_S, World
 
 EVENTS_A_LOOK = 1000
+COLLECT_AFTER = 500_000
+"""Objects made, before the youngest are searched for cycles."""
 SETTLE_S = 90.0
 """After which the last lease, fence and reservation has run out."""
 HOUR_S = 3600.0
@@ -72,6 +76,19 @@ def simulate(
     Mischief(world, faults)
     rules = Checks(world) if checks else None
     prepare(world)
+    with _rare_collections():
+        count = _play(world, config, on_look)
+        if rules is not None:
+            world.events.run(until=world.events.now() + SETTLE_S)
+            rules.at_the_end()
+    world.users.tally.check()
+    wall_s = time.perf_counter() - started
+    report = _report(world, name, seed) | {"events": count, "wall_s": wall_s}
+    return SimResult(report, dict(sorted(world.users.errors.items())), wall_s)
+
+
+def _play(world: World, config: Config, on_look: Callable[[World], None]) -> int:
+    """Until every request has ended; how many events it took."""
     world.start()
     while not world.drained:
         world.events.run(most=EVENTS_A_LOOK)
@@ -79,14 +96,18 @@ def simulate(
         overdue_s = world.events.now() - WARM_S - world.last_arrival_s - config.router.request_timeout_s
         if world.exhausted and overdue_s > SETTLE_S:
             raise InternalError(f"{sorted(world.users.live)[:8]} go on after their deadline")
-    count = world.events.count
-    if rules is not None:
-        world.events.run(until=world.events.now() + SETTLE_S)
-        rules.at_the_end()
-    world.users.tally.check()
-    wall_s = time.perf_counter() - started
-    report = _report(world, name, seed) | {"events": count, "wall_s": wall_s}
-    return SimResult(report, dict(sorted(world.users.errors.items())), wall_s)
+    return world.events.count
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Millions of objects live long here and hardly any is part of a cycle: looking for those took most of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECT_AFTER, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def poisson(config: Config, seed: int) -> Iterator[Arrival]:
