@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, repeat
 from typing import Any, overload
 
+from core.errors import ConfigError
 from core.latency import percentile
 from sim.cache_oracle import LruOracle
 from sim.traces import read_trace, trace_format
@@ -30,6 +31,8 @@ def stat_of(path: str) -> dict[str, Any]:
     due = repeat(0.0) if format.untimed else None
     stat.add_all(read_trace(path, due=due, output_tokens=1 if format.outputless else None))
     figures = stat.figures()
+    if not figures["requests"]:
+        raise ConfigError(f"{path} has no requests")
     for name in ("span_s", "rate_rps", "arrival_cv", "dispersion", "busiest_minute") if format.untimed else ():
         figures[name] = None
     if format.outputless:

@@ -149,6 +149,7 @@ def test_the_command_shows_tables(tmp_path: Path) -> None:
     [
         ("arrival_s,input_tokens,output_tokens\n0,1,1\n0,1,many\n", "row 2 (line 3), column output_tokens: 'many' is no"),
         ("who,knows\n", "is no trace known here"),
+        ("arrival_s,input_tokens,output_tokens\n", "bad.csv has no requests"),
     ],
 )
 def test_a_bad_file_is_one_line_and_something_to_change(tmp_path: Path, text: str, why: str, flag: list[str]) -> None:
