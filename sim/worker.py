@@ -231,7 +231,7 @@ class SimWorker:
         if not self.alive:
             return
         now = self.site.events.now()
-        for key in self.table.expire(now):
+        for key in sorted(self.table.expire(now)):
             self.stop(key)
         self.exports.expire(now)
         self.ingests.expire(now)

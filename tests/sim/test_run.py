@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -41,6 +44,23 @@ def bytes_of(**more):
 def test_the_same_seed_gives_the_same_bytes(policy):
     faults = [Fault(2.0, "kill", "decode-1")]
     assert bytes_of(policy=policy, faults=faults) == bytes_of(policy=policy, faults=faults)
+
+
+def test_another_process_with_other_hashes_gives_the_same_bytes():
+    """Nothing goes by the order of a set."""
+    code = (
+        "import json; from core.config import Config; from sim.run import simulate; from sim.sweep import MODEL, story_of\n"
+        "for seed in range(4):\n"
+        "    told = story_of(seed)\n"
+        "    config = Config.model_validate(told.tree)\n"
+        "    run = simulate(config, told.arrivals, told.policy, seed, faults=told.faults, model=MODEL)\n"
+        "    print(json.dumps(run.report | {'wall_s': 0}))\n"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True)
+        for seed in ("1", "2")
+    ]
+    assert said[0].stdout == said[1].stdout != b""
 
 
 def test_checks_change_nothing_and_another_seed_may():
