@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cli.progress import Bar
+    from core.config import Config
     from sim.world import World
 
 
@@ -27,17 +28,21 @@ def sim(
     rate_scale: Annotated[float, typer.Option(help="2 halves every gap between arrivals.")] = 1.0,
     checks: Annotated[bool, typer.Option("--checks", help="Look for broken rules after every event; slow.")] = False,
     as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write it here; - prints it.")] = None,
+    html: Annotated[str | None, typer.Option("--report", metavar="FILE", help="Write a page with pictures here.")] = None,
 ) -> None:
     """Run routers, schedulers and the controller against a cost model instead of machines."""
     from cli.progress import Bar
     from core.config import load
     from sim.cluster import worker_names
     from sim.faults import read_faults
+    from sim.report import write_html
+    from sim.report_timeline import Timeline
     from sim.run import simulate
     from sim.traces import read_trace
 
     loaded = load(config)
     arrivals = read_trace(trace) if trace is not None else None
+    timeline = Timeline()
     with Bar(sys.stderr.isatty(), *_columns()) as bar:
         bar.begin("simulating", 1.0)
         result = simulate(
@@ -48,8 +53,11 @@ def sim(
             rate_scale=rate_scale,
             faults=read_faults(faults, worker_names(loaded)) if faults is not None else (),
             checks=checks,
-            on_look=_watch(bar, loaded.sim.duration_s),
+            prepare=timeline.watch if html else lambda world: None,
+            on_look=_watch(bar, _end_s(loaded, trace, rate_scale)),
         )
+    if html:
+        write_html(html, result.report, result.errors, loaded, timeline)
     _write(result.report, result.errors, as_json)
 
 
@@ -57,6 +65,17 @@ def _columns() -> tuple[Any, ...]:
     from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     return TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn()
+
+
+def _end_s(config: Config, trace: str | None, rate_scale: float) -> float | None:
+    """When the last request comes, so that the bar knows how much is left; a trace is read for it where somebody looks."""
+    from sim.traces import read_trace
+
+    end_s = config.sim.duration_s
+    if trace is None or not sys.stderr.isatty():
+        return end_s
+    last_s = max((each.arrival_s for each in read_trace(trace)), default=0.0) / rate_scale
+    return min(last_s, end_s) if end_s is not None else last_s
 
 
 def _watch(bar: Bar, duration_s: float | None) -> Callable[[World], None]:

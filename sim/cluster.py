@@ -47,6 +47,11 @@ class Pools:
         known = self._of.get(WorkerRole(name.rpartition("-")[0])) or self._of[role]
         return known[min(int(name.rpartition("-")[2]), len(known) - 1)]
 
+    def believe(self, change: Callable[[int, Replica], Replica]) -> None:
+        """Before time begins: what each worker of a role (by its number) is to be, say one that reports a wrong cost."""
+        for role, known in self._of.items():
+            self._of[role] = [(pool, change(number, replica)) for number, (pool, replica) in enumerate(known)]
+
     def all(self) -> list[tuple[PoolConfig, Replica]]:
         return [each for role in self._of.values() for each in role]
 
