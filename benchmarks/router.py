@@ -19,12 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import grpc
 
 from benchmarks.rows import Row, arguments, report
+from cluster.main import with_ports
 from core.config import load
 from core.hostspec import HostSpec
 from core.request import WorkerRole
@@ -40,46 +41,78 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Pool:
-    """The workers' process and the router's."""
+    """The workers' process and the routers'."""
 
-    def __init__(self, workers: subprocess.Popen[str], router: subprocess.Popen[str], addresses: list[str]) -> None:
+    def __init__(self, workers: subprocess.Popen[str], routers: list[subprocess.Popen[str]], addresses: list[str]) -> None:
         self._workers = workers
-        self.router_pid = router.pid
+        self._routers = routers
+        self.routers = len(routers)
         self.worker_addresses = addresses
-        self.router_address: str = _line(workers)["router"]
+        reached = [_line(workers) for _ in routers]
+        self.router_address: str = reached[0]["router"]
+        self.http_address: str = reached[0]["http"]
 
-    def counters(self) -> dict[str, float]:
+    def counters(self, word: str = "") -> dict[str, float]:
+        """`time N`: workers decode once N requests have joined, and note when they write which token."""
+        found: dict[str, float] = self._ask(word)
+        return found
+
+    def times(self) -> dict[str, list[float]]:
+        """Of each request's tokens from the second on, when a worker wrote them."""
+        found: dict[str, list[float]] = self._ask("times")
+        return found
+
+    def router_cpu_s(self) -> float:
+        return sum(map(_cpu_s, self._routers))
+
+    def pin(self, routers: set[int], workers: set[int]) -> None:
+        """To these cores, every thread of theirs."""
+        for process, cores in (*((r, routers) for r in self._routers), (self._workers, workers)):
+            for thread in os.listdir(f"/proc/{process.pid}/task"):
+                os.sched_setaffinity(int(thread), cores)
+
+    def _ask(self, word: str) -> Any:
         assert self._workers.stdin is not None
-        self._workers.stdin.write("\n")
+        self._workers.stdin.write(f"{word}\n")
         self._workers.stdin.flush()
         return _line(self._workers)
 
-    def router_cpu_s(self) -> float:
-        with open(f"/proc/{self.router_pid}/stat", encoding="ascii") as file:
-            fields = file.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+
+def _cpu_s(process: subprocess.Popen[str]) -> float:
+    with open(f"/proc/{process.pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 @contextmanager
-def pool(step_s: float, *roles: str) -> Iterator[Pool]:
+def pools(step_s: float, routers: int, *roles: str) -> Iterator[Pool]:
+    """Workers of these roles and so many routers at one address."""
     python = (sys.executable, "-m")
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = subprocess.Popen((*python, "benchmarks.router_pool", str(step_s), *roles), **pipes)
-    router: subprocess.Popen[str] | None = None
-    try:
-        first = _line(workers)
-        config = load(None, {"log_level": "warning", "cluster.grace_s": 1.0})
-        spec = HostSpec("router-0", WorkerRole.ROUTER, 1, config, first["controller"])
-        router = subprocess.Popen((*python, "cluster.host", str(os.getpid())), **pipes)
-        assert router.stdin is not None
-        router.stdin.write(spec.to_json() + "\n")
-        router.stdin.flush()
-        yield Pool(workers, router, first["workers"])
-    finally:
-        for process in (router, workers):
-            if process is not None:
+    processes: list[subprocess.Popen[str]] = []
+    with ExitStack() as held:
+        try:
+            first = _line(workers)
+            config = load(None, {"log_level": "warning", "cluster.grace_s": 1.0, "cluster.routers": routers})
+            if routers > 1:
+                config = with_ports(config, held)
+            for number in range(routers):
+                spec = HostSpec(f"router-{number}", WorkerRole.ROUTER, 1, config, first["controller"])
+                router = subprocess.Popen((*python, "cluster.host", str(os.getpid())), **pipes)
+                processes.append(router)
+                assert router.stdin is not None
+                router.stdin.write(spec.to_json() + "\n")
+                router.stdin.flush()
+            yield Pool(workers, processes, first["workers"])
+        finally:
+            for process in (*processes, workers):
                 process.terminate()
                 process.communicate(timeout=20)
+
+
+def pool(step_s: float, *roles: str) -> AbstractContextManager[Pool]:
+    return pools(step_s, 1, *roles)
 
 
 def _line(process: subprocess.Popen[str]) -> dict[str, Any]:

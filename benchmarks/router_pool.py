@@ -31,18 +31,53 @@ LAYOUT = KvLayout(b"f" * 16, "float32", 1, 1, 8, 16)
 TOKEN_ID = 300
 
 
+class Gate:
+    """Holds decoding back until so many requests have joined, so that all of them run at once."""
+
+    def __init__(self) -> None:
+        self._missing = 0
+        self._open = asyncio.Event()
+        self._open.set()
+
+    def expect(self, requests: int) -> None:
+        self._missing = requests
+        self._open.clear()
+
+    def joined(self) -> None:
+        self._missing -= 1
+        if self._missing <= 0:
+            self._open.set()
+
+    @property
+    def is_open(self) -> bool:
+        return self._open.is_set()
+
+    async def passed(self, other: asyncio.Event) -> None:
+        """Returns when it opens, or when `other` is set: there are replies to give."""
+        waits = [asyncio.create_task(event.wait(), name="gate") for event in (self._open, other)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+
+GATE = Gate()
+
+
 class Worker:
     """One servicer and its counters; each session has requests of its own."""
 
-    def __init__(self, role: WorkerRole, step_s: float) -> None:
+    def __init__(self, role: WorkerRole, step_s: float, number: int) -> None:
         self.role, self.step_s, self.address = role, step_s, ""
+        self.name = f"{role.value}-{number}"
         self.waited_s = 0.0
+        self.timing = False
         self.tokens = 0
         self.busy_s = 0.0
+        self.written_at: dict[str, list[float]] = {}  # of each request's tokens from the second on, when asked for
 
     async def Session(self, requests: AsyncIterator[pb.SessionCommand], context: Any) -> None:
         await anext(requests)
-        await context.write(pb.SessionEvent(hello=pb.SessionHello(peer_id=self.role.value, epoch=1)))
+        await context.write(pb.SessionEvent(hello=pb.SessionHello(peer_id=self.name, epoch=1)))
         session = Session(self)
         reader = asyncio.create_task(session.read(requests), name="bench read")
         try:
@@ -60,7 +95,7 @@ class Session:
         self._wake = asyncio.Event()
 
     async def step(self, context: Any) -> None:
-        worker, due = self._worker, 0.0
+        worker, due, timed = self._worker, 0.0, self._worker.written_at
         while True:
             while self._replies:
                 await context.write(self._replies.popleft())
@@ -68,9 +103,17 @@ class Session:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
+            if not GATE.is_open:
+                self._wake.clear()
+                await GATE.passed(self._wake)
+                continue
             due = max(due + worker.step_s, time.perf_counter() - worker.step_s)  # a late step is caught up, not more
+            names = [key.request_id for key in self._running]
             message = self._tokens_of_step()
             began = time.perf_counter()
+            if self._worker.timing:
+                for name in names:
+                    timed.setdefault(name.partition("@")[0], []).append(began)
             await context.write(message)
             written_s = time.perf_counter() - began
             worker.busy_s += max(written_s, worker.step_s)
@@ -106,7 +149,7 @@ class Session:
             self._wake.set()
 
     def _prefill(self, item: pb.WorkItem) -> None:
-        source = KvSource("prefill", 1, self._worker.address)
+        source = KvSource(self._worker.name, 1, self._worker.address)
         ticket = ticket_to_pb(KvTicket(key_from_pb(item.key), LAYOUT, source, 10.0))
         first = pb.GeneratedToken(key=item.key, position=0, token_id=TOKEN_ID)
         first.finish_reason = pb.FINISH_REASON_LENGTH if item.sampling.max_tokens == 1 else pb.FINISH_REASON_UNSPECIFIED
@@ -119,6 +162,7 @@ class Session:
     def _open(self, key: pb.AttemptKey) -> None:
         self._replies.append(pb.SessionEvent(joined=pb.Joined(key=key)))
         self._running[key_from_pb(key)] = 1
+        GATE.joined()
 
 
 class Controller(cluster_pb2_grpc.ClusterServicer):
@@ -131,7 +175,7 @@ class Controller(cluster_pb2_grpc.ClusterServicer):
         said = False
         async for report in requests:
             if not said and report.state == cluster_pb2.WORKER_STATE_READY:
-                print(json.dumps({"router": report.grpc_address}), flush=True)
+                print(json.dumps({"router": report.grpc_address, "http": report.http_address}), flush=True)
                 said = True
             yield cluster_pb2.ReportReply()
 
@@ -143,7 +187,7 @@ class Controller(cluster_pb2_grpc.ClusterServicer):
 
     def _report(self, worker: Worker) -> cluster_pb2.WorkerReport:
         return cluster_pb2.WorkerReport(
-            worker_id=worker.role.value,
+            worker_id=worker.name,
             role=role_to_pb(worker.role),
             epoch=1,
             state=cluster_pb2.WORKER_STATE_READY,
@@ -155,8 +199,9 @@ class Controller(cluster_pb2_grpc.ClusterServicer):
 
 
 async def main(roles: list[str], step_s: float) -> None:
-    """Prints `{"controller", "workers"}`, then `{"router"}`; each line on standard input is answered with the counters."""
-    workers = [Worker(WorkerRole(role), step_s) for role in roles]
+    """Prints `{"controller", "workers"}`, then `{"router", "http"}` of each router; each line on standard input is answered
+    with the counters. After `time N`, they decode once N requests have joined and note when; `times` has them tell."""
+    workers = [Worker(WorkerRole(role), step_s, number) for number, role in enumerate(roles)]
     async with AsyncExitStack() as stack:
         for worker in workers:
             prefill = worker.role is WorkerRole.PREFILL
@@ -167,7 +212,16 @@ async def main(roles: list[str], step_s: float) -> None:
         cluster = Registration("tandem.v1.Cluster", cluster_pb2_grpc.add_ClusterServicer_to_server, Controller(workers))
         controller = await stack.enter_async_context(serve("127.0.0.1:0", cluster, grace_s=0))
         print(json.dumps({"controller": controller.address, "workers": [w.address for w in workers]}), flush=True)
-        while await asyncio.to_thread(sys.stdin.readline):
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            if line == "times\n":
+                print(json.dumps({name: at for w in workers for name, at in w.written_at.items()}), flush=True)
+                continue
+            word, _, number = line.strip().partition(" ")
+            for worker in workers:
+                worker.timing = word == "time"
+                worker.written_at.clear()
+            if number:
+                GATE.expect(int(number))
             counters = {
                 "waited_s": sum(w.waited_s for w in workers),
                 "busy_s": sum(w.busy_s for w in workers),

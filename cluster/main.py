@@ -98,11 +98,11 @@ async def _up(
     await _check_directory(config)
     with contextlib.ExitStack() as ports:
         if config.cluster.routers > 1 and config.router.share_address:
-            config = _with_ports(config, ports)
+            config = with_ports(config, ports)
         await _run(config, desired, signals, on_ready, on_change, on_line)
 
 
-def _with_ports(config: Config, held: contextlib.ExitStack) -> Config:
+def with_ports(config: Config, held: contextlib.ExitStack) -> Config:
     """Free ports of the routers chosen now, where it is left to us: they all listen at the same. `held` keeps them ours: a
     socket that is bound and does not listen takes no connection."""
     update = {}
