@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import NamedTuple
 
+from cluster.autoscale import Retire
 from cluster.host import Ended
 from cluster.launcher import Handle, Launcher
 from cluster.membership import Membership
 from cluster.reconcile import Command, Forget, GiveUp, Launch, Reconciler, RestartPolicy, Stop
 from cluster.report import ClusterSnapshot
+from cluster.scaling import RETIRE_S, Scaling
 from core.clock import Clock, SystemClock
 from core.config import ClusterConfig, Config
 from core.errors import ConfigError, NotFoundError
@@ -90,6 +92,7 @@ class Controller:
         self._membership = Membership(suspect_after_s(cluster), cluster.dead_after_s)
         policy = RestartPolicy(start_timeout_s=cluster.start_timeout_s, grace_s=cluster.grace_s)
         self._reconciler = Reconciler(desired, policy)
+        self._scaling = Scaling(config.cluster, desired) if cluster.autoscale == "auto" else None
         self._lives: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._handles: dict[tuple[str, int], Handle] = {}
         self._stops: set[asyncio.Task[None]] = set()
@@ -181,12 +184,25 @@ class Controller:
                 log.warning("%s@%d fell silent", worker_id, epoch)
                 self.gone(worker_id, epoch)
                 self._reconciler.silent(worker_id, epoch, now)
+            if self._scaling is not None and self._reconciler.was_ready:
+                self._scale(self._scaling, now)
             for command in self._reconciler.plan(now):
                 self._carry_out(command)
             if self._reconciler.was_ready:
                 self.ready.set()
             self._announce()
             await self._pause(now)
+
+    def _scale(self, scaling: Scaling, now: float) -> None:
+        """What the load asks for, through the same doors as an operator: who leaves finishes first."""
+        reports = [member.report for member in self.snapshot().members]
+        for change in scaling.decide(reports, self._reconciler, self._launcher, now):
+            if isinstance(change, Retire):
+                report = self.snapshot().find(change.worker_id)
+                assert report is not None, "it was chosen among the reports"
+                self._drains[change.worker_id, report.epoch] = now + RETIRE_S
+                self._membership.mark_draining(change.worker_id)
+            log.info("%s", change)
 
     async def _pause(self, now: float) -> None:
         """Until something happens, the reconciler wants to act, or silence has to be judged again."""

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,12 @@ T = TypeVar("T")
 def resource_of(role: WorkerRole) -> str:
     """A custom resource that an operator may give to Ray nodes; where any node has it, the role runs only there."""
     return f"tandem_{role.value}"
+
+
+def bundles_of(workers: Mapping[WorkerRole, int], known: Mapping[str, float]) -> list[dict[str, float]]:
+    """What Ray is asked for: a bundle per worker, on nodes with its role's resource where any node has it."""
+    each = {role: {"CPU": ACTOR_CPUS} | ({resource_of(role): 0.001} if resource_of(role) in known else {}) for role in workers}
+    return [each[role] for role, count in workers.items() for _ in range(count)]
 
 
 class RayLauncher:
@@ -68,6 +74,16 @@ class RayLauncher:
                 + (f" on a node with the resource {role}" if (role := resource_of(spec.role)) in self._placement else "")
             ) from None
         return _Actor(self, actor, asyncio.wrap_future(await self._call(CALL_TIMEOUT_S, lambda: actor.run.remote().future())))
+
+    async def want(self, workers: Mapping[WorkerRole, int]) -> None:
+        """Asks the autoscaler of a joined cluster for room for so many workers of each role; a Ray of our own has no more
+        machines to give. The request stands until the next one (Ray's `request_resources`)."""
+        if not self._config.ray_address:
+            return
+        try:
+            await self._call(CALL_TIMEOUT_S, lambda: self._request(workers))
+        except Exception as error:  # Ray's own tree: without an autoscaler the workers wait for a place as before
+            log.warning("Ray could not be asked for machines: %s", _first_line(error))
 
     async def close(self) -> None:
         """Ends Ray when it is ours, else only leaves it. Waits for a start that is still under way."""
@@ -160,6 +176,11 @@ class RayLauncher:
             .remote(spec, bool(self._config.ray_address))
         )
         return actor, actor.placed.remote().future()
+
+    def _request(self, workers: Mapping[WorkerRole, int]) -> None:
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=bundles_of(workers, self._placement))
 
     def kill(self, actor: Any) -> None:
         self._ray.kill(actor, no_restart=True)

@@ -157,6 +157,17 @@ class Reconciler:
         slot.phase, slot.deadline, slot.removed = Phase.DRAINING, deadline, True
         return True
 
+    def grow(self, role: WorkerRole) -> None:
+        """One worker more of a pool is desired from now on."""
+        self.desired[role] = self.desired.get(role, 0) + 1
+
+    def retire(self, worker_id: str, deadline: float) -> bool:
+        """Drains it without a successor: one worker less of its role is desired. False when there is no such ready worker."""
+        if not self.drain(worker_id, deadline):
+            return False
+        self.desired[self.slots[worker_id].role] -= 1
+        return True
+
     def set_role(self, worker_id: str, role: WorkerRole) -> str:
         """One worker more of that role and one less of its own are desired from now on. Why not, or an empty text."""
         slot = self.slots.get(worker_id)

@@ -214,6 +214,12 @@ class ClusterConfig(_Branch):
     routers: int = Field(1, ge=1, le=64)
     role_changes: Literal["off", "auto"] = "off"
     """`auto`: workers change sides when a router proposes it; `off`: proposals are shown, `tandem role` does it by hand."""
+    autoscale: Literal["off", "auto"] = "off"
+    """`auto`: workers are started and drained as their load is forecast; `prefill`, `decode`, `colocated` are the fewest."""
+    autoscale_max: int = Field(8, ge=1)
+    """Workers of one pool, at most."""
+    autoscale_quiet_s: float = Field(60.0, gt=0)
+    """How long fewer workers must have been enough before one is drained."""
     admin: str = "127.0.0.1:0"
     grace_s: float = Field(10.0, ge=0)
     heartbeat_s: float = Field(2.0, gt=0)

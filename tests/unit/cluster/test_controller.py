@@ -207,3 +207,21 @@ async def test_ending_leaves_no_process_and_no_file(tmp_path: Path) -> None:
 def test_pools_that_cannot_serve_are_refused(overrides: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         desired_of(load(overrides=overrides))
+
+
+async def test_load_makes_the_controller_add_a_process_and_quiet_ends_it(tmp_path: Path) -> None:
+    waiting = tmp_path / "waiting"
+    waiting.write_text("0")
+    pools = {"cluster__prefill": 0, "cluster__decode": 0, "cluster__colocated": 1}
+    scaling = {"cluster__autoscale": "auto", "cluster__autoscale_max": 2, "cluster__autoscale_quiet_s": 1.0}
+    async with cluster(**pools, **scaling, model__name=f"load:{waiting}") as running:
+        await running.until(lambda s: ready(s) == {"router-0", "colocated-0"})
+        waiting.write_text("50")
+        snapshot = await running.until(lambda s: ready(s) == {"router-0", "colocated-0", "colocated-1"})
+        pid = next(m.report.pid for m in snapshot.members if m.report.worker_id == "colocated-1")
+        os.kill(pid, 0)
+        waiting.write_text("0")
+        await running.until(lambda s: ready(s) == {"router-0", "colocated-0"})
+        await running.until(lambda s: len(s.members) == 2)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

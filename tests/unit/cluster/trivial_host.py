@@ -1,8 +1,8 @@
 """A host with no model: reports like a worker, so that launching, watching and ending can be tested in milliseconds.
 
 Its behaviour hangs on `model.name` of its configuration: "fail" is a mistake of the operator, "crash" a bug, "hang" ignores
-every request to stop, "shm:PATH" leaves a file while it runs and removes it when it ends in order, "propose:WORKER" has the
-router propose that this worker decodes.
+every request to stop, "load:PATH" says that as many requests wait as the file holds, "shm:PATH" leaves a file while it runs
+and removes it when it ends in order, "propose:WORKER" has the router propose that this worker decodes.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ async def run(spec: HostSpec, stop: asyncio.Event) -> None:
 
 
 async def _report(spec: HostSpec) -> None:
-    router, role = spec.role is WorkerRole.ROUTER, spec.role
+    router, role, state = spec.role is WorkerRole.ROUTER, spec.role, WorkerState.READY
     verb, _, target = spec.config.model.name.partition(":")
     proposal = RoleProposal(target, WorkerRole.DECODE, "a test") if router and verb == "propose" else None
+
+    waiting = Path(target) if verb == "load" and not router else None
 
     async def messages() -> AsyncIterator[pb.WorkerReport]:
         sequence = 0
@@ -65,8 +67,9 @@ async def _report(spec: HostSpec) -> None:
                     proposal=proposal,
                     epoch=spec.epoch,
                     sequence=sequence,
-                    state=WorkerState.READY,
+                    state=state,
                     pid=os.getpid(),
+                    waiting=int(waiting.read_text()) if waiting is not None else 0,
                     grpc_address=f"127.0.0.1:{40_000 + spec.epoch}" if router else "127.0.0.1:1",
                     http_address=f"127.0.0.1:{41_000 + spec.epoch}" if router else "",
                 )
@@ -79,6 +82,7 @@ async def _report(spec: HostSpec) -> None:
         async with grpc.aio.insecure_channel(spec.controller) as channel:
             async for reply in stubs.ClusterStub(channel).Report(messages()):  # type: ignore[no-untyped-call]
                 role = role_from_pb(reply.role) if reply.role else role
+                state = WorkerState.DRAINING if reply.drain and verb == "load" else state
 
 
 if __name__ == "__main__":
