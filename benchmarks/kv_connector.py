@@ -36,7 +36,7 @@ from kvtransfer.shm import ShmTransport
 
 PROMPT_TOKENS = 512
 BLOCK_TOKENS = 16
-OUTPUT_TOKENS = 4
+OUTPUT_TOKENS = 16  # vLLM tells several at once where they come quicker than they are taken; two messages must come
 HALTED_S = 0.05  # within which vLLM's threads, a hundred that spin, have given up the cores
 REPORTED_TRIES = 200  # vLLM counts a transfer when its next step ends
 METRICS = {

@@ -2,8 +2,8 @@
 
 Claims
 - tcp: a pull, asking and generation checks included (digest off), reaches 0.9 x what a bare Python sendmsg/recvmsg_into pair
-  with two connections does, at 16 MiB and 64 MiB. (Its sockets are tuned
-  as the product tunes them, the bare ones are left as they come.)
+  with two connections does, at 16 MiB and 64 MiB. (Its sockets are tuned as the product tunes them, the bare ones are left
+  as they come.)
 - tcp reaches 2 x what the Mooncake Transfer Engine's TCP does, tuned: connection pool on, the better of slices of 4 and
   16 MiB, the quickest of reads, writes and batches of either.
 - A pull allocates nothing that grows with its bytes, on neither side: what Python holds at its peak is below 1 %.
