@@ -10,7 +10,8 @@
 | `simulator_mooncake` | Mooncake's scheduling ablation and its order of early rejection |
 | `simulator_speed` | events a second, wall time of large workloads, other simulators |
 | `simulator_fidelity` | real processes beside the simulation of them |
-| `simulator_goodput` | goodput of policies and of spot capacity on the traces |
+| `simulator_goodput` | goodput of policies on the traces, against chunked prefill |
+| `simulator_spot` | goodput per dollar on spot instances as recorded |
 
 Each is a script of its own, with its claims at its top; one that is not there yet, fails or is not done in time is a row
 without a figure. What is timed runs alone, the others two at a time.
@@ -33,7 +34,7 @@ from pathlib import Path
 from benchmarks.rows import Row, arguments, report
 
 TIMED = ("speed", "fidelity")
-TOGETHER = ("goodput", "splitwise", "mooncake", "distserve", "cache", "papers", "roofline")
+TOGETHER = ("goodput", "spot", "splitwise", "mooncake", "distserve", "cache", "papers", "roofline")
 """The longest first, so that both cores are done at about the same time."""
 QUICK_S, WHOLE_S = 285.0, 4 * 3600.0
 """How long all of them may take."""
