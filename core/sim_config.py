@@ -102,3 +102,13 @@ class SimConfig(_Branch):
     """Without a trace: requests per second of a Poisson process, of `input_tokens` and `output_tokens` each."""
     input_tokens: int = Field(512, ge=1)
     output_tokens: int = Field(128, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _roofline_beside(cls, given: Any) -> Any:
+        """`roofline:` may stand beside `pools:` as well as inside `profile:`."""
+        if not isinstance(given, dict) or "roofline" not in given:
+            return given
+        if "profile" in given:
+            raise ValueError("give `profile` or `roofline`, one of the two")
+        return {**{key: value for key, value in given.items() if key != "roofline"}, "profile": {"roofline": given["roofline"]}}
