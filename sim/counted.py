@@ -126,6 +126,16 @@ class CountedLoop(StepLoop):
         self._ends = ends[max(done, 0) : done + 1]
         return (self._ends[0] if self._ends else now), output
 
+    def sync(self, now: float) -> None:
+        """The inventory is as it is in the step of this moment; the steps go on."""
+        if len(self._ends) > 1:
+            self._hold(min(bisect_left(self._ends, now), len(self._ends) - 1))
+
+    def squeezed(self, now: float) -> bool:
+        """Whether the steps under way might not find all the memory any more that they were decided on."""
+        left = len(self._ends) - bisect_left(self._ends, now)
+        return left > 1 and len(self._work) * -(-left // self._block_size) > self._scheduler._available()
+
     def finish(self) -> StepOutput:
         """Books the steps that `begin` decided, as far as they were not cut."""
         changes, ends = self._changes, self._ends

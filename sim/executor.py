@@ -73,6 +73,12 @@ class ExactLoop(StepLoop):
     def cut(self, now: float) -> tuple[float, StepOutput]:
         return max(self._end, now), StepOutput()
 
+    def sync(self, now: float) -> None:
+        """No step is taken in advance."""
+
+    def squeezed(self, now: float) -> bool:
+        return False
+
     def finish(self) -> StepOutput:
         output, self._output = self._output, StepOutput()
         return output

@@ -69,8 +69,8 @@ class SimIngests:
         if len(worker.engine) + len(self) >= worker.config.max_running:
             self._refuse(key, f"{worker.config.max_running} requests run here already")
             return
-        worker.cut()
         inventory, now = worker.inventory, worker.site.events.now()
+        worker.engine.sync(now)
         keys = keys_of(worker, item)
         found = inventory.match(keys) if worker.config.prefix_cache else []
         try:
@@ -79,6 +79,8 @@ class SimIngests:
             inventory.release(found)
             self._refuse(key, error.message)
             return
+        if worker.engine.squeezed(now):
+            worker.cut()
         needed = blocks_for(len(item.token_ids), size)
         self._reservations[key] = _Reservation(item, keys, found + fresh, len(found), needed, now + RESERVATION_S)
         worker.talk.event(key, ev.Reserved(worker.name, key.attempt, True, cached_tokens=len(found) * size))

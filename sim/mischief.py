@@ -58,6 +58,8 @@ class Mischief:
     def _cut_off(self, worker: SimWorker, lasts_s: float) -> None:
         world = self._world
         self._sides += 1
+        worker.cut()
+        worker.talk.let_all_go()
         world.post.cut_off(worker.name, self._sides)
         for router in world.routers:
             router.links.apart(worker.name)

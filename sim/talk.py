@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from core.errors import DeadlineExceededError, InternalError, OutOfBlocksError, TandemError, UnavailableError
@@ -15,12 +17,20 @@ if TYPE_CHECKING:
     from sim.router import SimRouter
     from sim.worker import SimWorker
 
+FRESH_TOKENS = 3
+"""Of an attempt on a worker, which go at once: routers learn from them how long the first gaps were."""
 Addressed = tuple[str, ev.WorkerEvent]
 
 
 class Talk:
-    def __init__(self, worker: SimWorker) -> None:
+    """`hold_s`: tokens of one attempt that follow each other sooner than this go in one message, all but its first few and
+    its last: each carries its own time, so it is for nobody but the simulation, which spares a message per step and stream."""
+
+    def __init__(self, worker: SimWorker, hold_s: float) -> None:
         self._worker = worker
+        self._hold_s = hold_s
+        self._held: dict[AttemptKey, list[TokenEvent]] = {}
+        self._begins: dict[AttemptKey, int] = {}  # position of the first token here
         self._routers: dict[Peer, SimRouter] = {}
 
     def peer(self, router: SimRouter) -> Peer:
@@ -55,6 +65,7 @@ class Talk:
     def fail(self, key: AttemptKey, error: TandemError) -> None:
         """Tells the router, and the attempt is over here; the caller frees what it holds."""
         worker = self._worker
+        self.let_go(key)
         self.event(key, ev.AttemptFailed(worker.name, key.attempt, error, error.retryable))
         worker.table.end(key, worker.site.events.now())
 
@@ -67,21 +78,36 @@ class Talk:
         return [victim.key for victim in output.given_back] + [failed.key for failed in output.failed]
 
     def tokens(self, tokens: Iterable[TokenEvent]) -> None:
+        """Of one step, or of several taken in one go: those of an attempt are together."""
+        due = []
+        for key, run in groupby(tokens, key=attrgetter("key")):
+            held = self._held.setdefault(key, [])
+            held += run
+            fresh = held[0].position - self._begins.setdefault(key, held[0].position) < FRESH_TOKENS
+            late = (held[-1].logprob or 0.0) - (held[0].logprob or 0.0) >= self._hold_s
+            if fresh or late or held[-1].finish_reason is not None:
+                due.append(key)
+        self._send(due)
+
+    def let_go(self, key: AttemptKey) -> None:
+        """Nothing of it is held back any more."""
+        if key in self._held:
+            self._send([key])
+        self._begins.pop(key, None)
+
+    def let_all_go(self) -> None:
+        self._send(list(self._held))
+
+    def _send(self, keys: list[AttemptKey]) -> None:
+        """What is held of these attempts, in one message to each router."""
         owner_of, name = self._worker.table.owner, self._worker.name
         by_owner: dict[Peer, list[Addressed]] = {}
-        run: list[TokenEvent] = []
-        last: AttemptKey | None = None
-        for token in (*tokens, None):
-            key = token.key if token is not None else None
-            if key is not last and run and last is not None:
-                owner = owner_of(last)
-                if owner is not None:
-                    addressed = (last.request_id, ev.Tokens(name, last.attempt, tuple(run)))
-                    by_owner.setdefault(owner, []).append(addressed)
-                run = []
-            if token is not None:
-                run.append(token)
-                last = key
+        for key in keys:
+            held, owner = self._held.pop(key), owner_of(key)
+            if held[-1].finish_reason is not None:
+                del self._begins[key]
+            if owner is not None:
+                by_owner.setdefault(owner, []).append((key.request_id, ev.Tokens(name, key.attempt, tuple(held))))
         for owner, events in by_owner.items():
             self._post(self._routers[owner], events)
 

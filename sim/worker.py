@@ -50,7 +50,7 @@ class SimWorker:
         self.state = WorkerState.READY
         self.inventory = Inventory(replica.num_blocks, policy=engine.eviction, tenant_share=engine.tenant_share, clock=None)
         self.table = AttemptTable()
-        self.talk = Talk(self)
+        self.talk = Talk(self, HORIZON_S if site.config.sim.engine == "counted" else 0.0)
         self.source = KvSource(name, epoch, name)
         self._root = root_key(replica.layout.fingerprint)
         self.engine = self._make_engine()
@@ -86,6 +86,7 @@ class SimWorker:
         match command:
             case ev.SendCancel(_, key):
                 self.cut()
+                self.talk.let_go(key)
                 running = self.table.cancel(key, self.site.events.now())
                 if running is not None:
                     self.stop(running)
@@ -143,6 +144,7 @@ class SimWorker:
 
     def stop(self, key: AttemptKey) -> None:
         """Frees what an attempt holds. Idempotent."""
+        self.talk.let_go(key)
         self.ingests.drop(key)
         self.exports.revoke(key, "the attempt was cancelled")
         self.call(lambda _: self.engine.cancel(key))
@@ -213,6 +215,7 @@ class SimWorker:
         for key in talk.lose(output):
             self.exports.revoke(key, "the prompt could not be computed")
         for key in output.left:
+            talk.let_go(key)
             if key not in self.exports:
                 self.ingests.forget(key)
                 self.table.end(key, now)
@@ -244,6 +247,7 @@ class SimWorker:
         if self._step is not None:
             self._step.cancel()
             self._step = None
+        self.talk.let_all_go()
         self.alive = False
         self.state = WorkerState.DEAD
         self.ingests.close()
