@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from core.config import Config
@@ -16,7 +16,7 @@ from core.errors import ConfigError, InternalError
 from sim.checks import Checks
 from sim.faults import Fault
 from sim.mischief import Mischief
-from sim.workload import Arrival
+from sim.workload import Arrival, rescaled
 from sim.world import WARM_S, World
 
 EVENTS_A_LOOK = 1000
@@ -72,7 +72,7 @@ def simulate(
     started = time.perf_counter()
     due = poisson(config, seed) if arrivals is None else iter(arrivals)
     name = policy or config.router.policy
-    world = World(config, _faster(due, rate_scale) if rate_scale != 1 else due, name, seed, model)
+    world = World(config, rescaled(due, rate_scale) if rate_scale != 1 else due, name, seed, model)
     Mischief(world, faults)
     rules = Checks(world) if checks else None
     prepare(world)
@@ -118,11 +118,6 @@ def poisson(config: Config, seed: int) -> Iterator[Arrival]:
     draw, at = random.Random(f"arrivals {seed}"), 0.0
     while (at := at + draw.expovariate(sim.rate_rps)) <= sim.duration_s:
         yield Arrival(at, sim.input_tokens, sim.output_tokens)
-
-
-def _faster(arrivals: Iterator[Arrival], factor: float) -> Iterator[Arrival]:
-    """Every gap shortened alike, so that bursts keep their structure."""
-    return (replace(arrival, arrival_s=arrival.arrival_s / factor) for arrival in arrivals)
 
 
 def _report(world: World, policy: str, seed: int) -> dict[str, Any]:
