@@ -163,7 +163,8 @@ class Whole:
         """Less than the time until the last token can be."""
         pool, need = self._pool, self._need
         new = np.minimum(self.new, need.tokens - self._situation.best_tokens(need.keys, need.tokens))
-        return pool.cost.prefill_token_s * new + self._goal.output_tokens * pool.gap_now_s
+        token_s = pool.cost.prefill_token_s + pool.cost.prefill_pair_s * (need.tokens - 0.5 * new)
+        return np.asarray(token_s * new + self._goal.output_tokens * pool.gap_now_s)
 
     def best(self, may: Rows) -> list[Ranked]:
         """The best of these rows, in no order."""
