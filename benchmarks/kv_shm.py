@@ -22,7 +22,7 @@ from benchmarks.kv_source import EPOCH, KEY, MIB, Source, source
 from benchmarks.rounds import Go, in_turns, rival, timed, times
 from benchmarks.rows import Row, arguments, report
 from kvtransfer.copier import Copier, CopyJob, Memory
-from kvtransfer.shared_arena import MappedArena, SharedArena
+from kvtransfer.shared_arena import MappedArena
 from kvtransfer.shm import ShmTransport
 
 BLOCK_BYTES = 96 * 1024  # the demo model's: 16 tokens of 6 layers, 2 heads of 64, fp32
@@ -35,8 +35,6 @@ NIXL: dict[str, dict[str, str]] = {  # by name, the environment it is started wi
 
 
 async def pulls(bench: Source, directory: str, rounds: int) -> list[Row]:
-    other = SharedArena(directory, "memcpy", EPOCH, len(bench.records), BLOCK_BYTES)
-    other.bytes_view()[:] = 1
     theirs = MappedArena(bench.kv.arena_path, EPOCH, directory)
     plain, checked = (ShmTransport(Copier(bench.dest, digest=on, timeout_s=60.0), directory) for on in (False, True))
     how = f"blocks of {BLOCK_BYTES // 1024} KiB, another process's arena, median of {rounds} rounds in turns"
@@ -50,7 +48,7 @@ async def pulls(bench: Source, directory: str, rounds: int) -> list[Row]:
         shuffled = [part[n] for n in order]
 
         async def memcpy(count: int = count) -> None:
-            np.copyto(bench.dest[:count], other.bytes_view()[:count])
+            np.copyto(bench.dest[:count], theirs.blocks[:count])
 
         async def copy(job: CopyJob = job) -> None:
             job.run(lambda: False)
@@ -88,7 +86,6 @@ async def pulls(bench: Source, directory: str, rounds: int) -> list[Row]:
     rows.append(Row("shm_block", "shm pull of one block", sorted(one)[len(one) // 2] * 1e6, "us", None, "<=", how=how))
     await plain.close()
     await checked.close()
-    other.close()
     return rows
 
 

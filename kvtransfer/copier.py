@@ -22,10 +22,11 @@ from core.blocks import BlockRecord
 from core.errors import DigestMismatchError, LayoutMismatchError, TransferError
 from kvtransfer.arena import Blocks, Generations
 from kvtransfer.codec import check_digest
-from kvtransfer.spans import coalesce
+from kvtransfer.spans import coalesce, consecutive
 from kvtransfer.transport import BlocksGoneError, PullResult, check_places, check_request
 
 T = TypeVar("T")
+_Index = slice | npt.NDArray[np.intp]
 
 INLINE_BYTES_MAX = 2 * 2**20  # copied on the spot: half a millisecond, and a thread is heard of later than that
 DIGEST_SPAN_BYTES = 2**20  # copied, then digested while still in the core's cache
@@ -51,7 +52,7 @@ class CopyJob:
     def run(self, stop: Callable[[], bool]) -> None:
         """Copies and checks everything; returns early, with the destination undefined, once `stop()` is true."""
         ids = [record.block_id for record in self.records]
-        words = np.array(ids, np.intp), np.array([record.generation for record in self.records], np.uint64)
+        words = _index(ids), np.array([record.generation for record in self.records], np.uint64)
         self._check_generations(*words)
         try:
             for first, start, dest_start, count in coalesce(ids, self.dest_blocks, self._span_blocks):
@@ -73,10 +74,17 @@ class CopyJob:
         span_bytes = DIGEST_SPAN_BYTES if self.digest else PLAIN_SPAN_BYTES
         return max(1, span_bytes // int(self.dest.shape[1]))
 
-    def _check_generations(self, ids: npt.NDArray[np.intp], expected: npt.NDArray[np.uint64]) -> None:
+    def _check_generations(self, ids: _Index, expected: npt.NDArray[np.uint64]) -> None:
         changed = np.flatnonzero(self.source.generations[ids] != expected)
         if changed.size:
             raise BlocksGoneError([self.records[int(place)].index for place in changed])
+
+
+def _index(block_ids: Sequence[int]) -> _Index:
+    """What picks the blocks' words: of neighbours, as a prompt's blocks mostly are, a slice, which costs a tenth."""
+    if block_ids and consecutive(block_ids):
+        return slice(block_ids[0], block_ids[-1] + 1)
+    return np.array(block_ids, np.intp)
 
 
 class Copier:

@@ -31,7 +31,7 @@ def coalesce(source_blocks: Sequence[int], dest_blocks: Sequence[int], blocks_ma
 def _breaks(source_blocks: Sequence[int], dest_blocks: Sequence[int]) -> list[int]:
     """Where runs of neighbours begin, and the end of the last."""
     total = len(source_blocks)
-    if total and _consecutive(source_blocks) and _consecutive(dest_blocks):
+    if total and consecutive(source_blocks) and consecutive(dest_blocks):
         return [0, total]
     if total <= FEW:
         pairs = list(zip(source_blocks, dest_blocks, strict=True))
@@ -42,7 +42,7 @@ def _breaks(source_blocks: Sequence[int], dest_blocks: Sequence[int]) -> list[in
     return [0, *inner, total] if total else []
 
 
-def _consecutive(blocks: Sequence[int]) -> bool:
+def consecutive(blocks: Sequence[int]) -> bool:
     """As a copy for the most part is, of one prompt: told in a tenth of the time that finding breaks takes."""
     first, total = blocks[0], len(blocks)
     return blocks[-1] - first == total - 1 and list(blocks) == list(range(first, first + total))

@@ -32,7 +32,7 @@ def directory(tmp_path):
     [
         ([], [], MIB, []),
         ([7], [3], MIB, [1]),
-        (range(20), range(20, 40), MIB, [16, 4]),  # in place, at most 16 MiB
+        (range(10), range(20, 30), MIB, [4, 4, 2]),  # in place, at most 4 MiB
         (range(100), range(99, -1, -1), MIB // 8, [32, 32, 32, 4]),  # through a buffer, at most 4 MiB
         (range(8), range(15, 7, -1), RUN_BYTES_MIN, [1] * 8),  # a block alone is long enough
         (range(8), range(15, 7, -1), RUN_BYTES_MIN // 2, [8]),  # gathered
