@@ -33,6 +33,7 @@ from benchmarks.simulator_search import SHARE, TBT_SLACK, TTFT_SLACK, Found, Tas
 from benchmarks.simulator_workloads import COPIED_WORKLOAD, ENGINE, WORKLOADS, Limits, Shape, Workload, excerpt, rate_of
 from cli.attainment_plot import Line, draw_lines
 from router.policies import POLICIES
+from sim.report_plots import grid
 
 OURS = "goodput"
 CHUNKED = "least_load"
@@ -193,6 +194,12 @@ def draw(study: Study, folder: Path) -> None:
         for number, (label, found) in enumerate(shown)
     ]
     draw_lines(lines, study.workload.title, str(study.limits), SHARE, str(folder / f"simulated_{study.workload.name}.png"))
+    splits = [one for one in study.ours if not one.task.shape.colocated]
+    cells = {(one.task.shape.prefill, one.task.shape.decode): 0.0 for one in splits}
+    for one in splits:
+        key = (one.task.shape.prefill, one.task.shape.decode)
+        cells[key] = max(cells[key], one.per_gpu)
+    grid(cells, f"{study.workload.title}: req/s/GPU").savefig(folder / f"simulated_{study.workload.name}_pools.png")
 
 
 def main() -> None:

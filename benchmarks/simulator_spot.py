@@ -9,7 +9,7 @@ Figures (stated, not judged): goodput per dollar against on-demand only, on each
 every request ends at the full speed of a machine that costs and holds nothing (an oracle that moves each for free): the most
 that a smarter evacuation could gain.
 
-    python -m benchmarks.simulator_spot --data DIR [--quick] [--json FILE] [--only NAME,NAME]
+    python -m benchmarks.simulator_spot --data DIR [--quick] [--json FILE] [--only NAME,NAME] [--plots DIR]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.simulator_search import TBT_SLACK, TTFT_SLACK, unloaded
 from benchmarks.simulator_workloads import COPIED_WORKLOAD, WORKLOADS, Limits, Shape, Workload, config_of, excerpt
 from sim.cluster import worker_names
 from sim.faults import Fault, read_faults
+from sim.report_plots import Plan, pareto
 from sim.report_timeline import Timeline
 from sim.run import simulate
 from sim.workload import Arrival, at_times
@@ -167,9 +168,20 @@ def rows_of(trace: str, found: dict[Kind, Outcome]) -> list[Row]:
     return [*rows, Row(f"{trace}.room", f"{trace}: room of smarter evacuation", room, "x", peer=Kind.ORACLE.value)]
 
 
+def draw(trace: str, found: dict[Kind, Outcome], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = []
+    for kind, one in found.items():
+        paid, usd = found[Kind.NOTICE] if kind is Kind.ORACLE else one, ON_DEMAND_USD if kind is Kind.ON_DEMAND else SPOT_USD
+        hours = one.run.duration_s / 3600
+        plans.append(Plan(kind.value, usd * paid.machine_hours / hours, one.met / one.run.duration_s))
+    pareto(plans, f"{trace}: cost and goodput").savefig(folder / f"{trace}.png")
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", help="which spot traces, separated by commas")
+    parser.add_argument("--plots", type=Path, help="a folder for pictures of cost against goodput")
     options = parser.parse_args()
     if options.data is None:
         sys.exit("spot traces are read from a data folder: give --data DIR")
@@ -185,6 +197,8 @@ def main() -> None:
             done = sum(map(len, outcomes.values()))
             text = f"{done}/{len(runs)} {one.run.trace}, {one.run.kind.value}: {one.met} of {one.requests} in time"
             print(text, file=sys.stderr, flush=True)
+    for trace, found in outcomes.items() if options.plots else ():
+        draw(trace, found, options.plots)
     report([row for trace, found in outcomes.items() for row in rows_of(trace, found)], options.json)
 
 

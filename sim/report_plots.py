@@ -73,8 +73,7 @@ def grid(goodput: Mapping[tuple[int, int], float], title: str) -> Figure:
     for (p, d), value in goodput.items():
         x, y = decodes.index(d), prefills.index(p)
         axes.text(x, y, f"{value:.3g}", ha="center", va="center", color="white" if value > 0.6 * most else INK, fontsize=10)
-    x, y = decodes.index(best[1]) - 0.5, prefills.index(best[0]) - 0.5
-    axes.add_patch(_rectangle(x, y))
+    axes.add_patch(_rectangle(decodes.index(best[1]) - 0.5, prefills.index(best[0]) - 0.5))
     axes.set_xticks(range(len(decodes)), [str(d) for d in decodes])
     axes.set_yticks(range(len(prefills)), [str(p) for p in prefills])
     axes.set_xlabel("decode workers", color=INK)

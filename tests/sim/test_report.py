@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 from core.config import Config
 from core.cost_model import CostModel, StepCost
@@ -99,7 +101,7 @@ def test_nobody_on_the_frontier_is_beaten_in_cost_and_goodput() -> None:
 
 
 def test_pictures_are_drawings_and_the_same_each_time(watched: tuple[SimResult, Timeline]) -> None:
-    makers = [
+    makers: list[Callable[[], Figure]] = [
         lambda: timelines(watched[1]),
         lambda: grid({(1, 1): 2.0, (2, 1): 3.0, (1, 2): 1.0}, "goodput"),
         lambda: pareto([Plan("a", 1, 5), Plan("b", 2, 9)], "plans"),
