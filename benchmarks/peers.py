@@ -94,7 +94,7 @@ def _dynamo(name: str) -> None:
 
 
 def _imports(name: str, module: str) -> bool:
-    command = [HOME / name / "bin" / "python", "-c", f"import {module}"]
+    command = [str(HOME / name / "bin" / "python"), "-c", f"import {module}"]
     return not subprocess.run(command, env=environment_of(name), check=False).returncode
 
 

@@ -1,9 +1,11 @@
 """Connections that never finish their headers are closed, and cost no more than the bound."""
 
 import asyncio
+import socket
 import time
 
 import pytest
+import uvloop
 
 from router.http_connection import HEADER_BYTES_MAX, BoundedConnection
 from router.web import web_server
@@ -85,3 +87,35 @@ async def test_a_slow_body_and_large_but_bounded_headers_pass(connect):
     writer.write(b"b")
     async with asyncio.timeout(5):
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_no_token_waits_for_an_acknowledgement(loop_factory, monkeypatch):
+    """Whatever the loop does of itself: Nagle's algorithm is off, where it was on before the connection was ours."""
+    seen = []
+    made, plain = BoundedConnection.connection_made, BoundedConnection.__mro__[1].connection_made
+
+    def nagle_first(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+        plain(self, transport)
+
+    def looked_at(self, transport):
+        made(self, transport)
+        seen.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(BoundedConnection.__mro__[1], "connection_made", nagle_first)
+    monkeypatch.setattr(BoundedConnection, "connection_made", looked_at)
+
+    async def ask():
+        async with web_server(app, "127.0.0.1:0", 1.0) as address:
+            host, _, port = address.rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(REQUEST + b"Connection: close\r\n\r\n")
+            async with asyncio.timeout(10):
+                assert (await reader.read()).endswith(b"ok")
+            writer.close()
+            await writer.wait_closed()
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(ask())
+    assert seen == [1]
