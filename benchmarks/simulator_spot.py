@@ -90,11 +90,13 @@ def announced(faults: Iterable[Fault], kind: Kind, notice_s: float = NOTICE_S) -
             found.append(fault)
             continue
         early_s = min(notice_s, fault.at_s)
-        if kind is Kind.SUDDEN:
-            found.append(replace(fault, kind="kill"))
-        else:
-            stays_s = FOREVER_S if kind is Kind.ORACLE else early_s
-            found.append(replace(fault, at_s=fault.at_s - early_s, for_s=stays_s))
+        match kind:
+            case Kind.SUDDEN:
+                found.append(replace(fault, kind="kill"))
+            case Kind.ORACLE:  # used until the last moment, which a drain on notice is not
+                found.append(replace(fault, for_s=FOREVER_S))
+            case _:
+                found.append(replace(fault, at_s=fault.at_s - early_s, for_s=early_s))
     return sorted(found, key=lambda fault: fault.at_s)
 
 
@@ -154,7 +156,7 @@ def rows_of(trace: str, found: dict[Kind, Outcome]) -> list[Row]:
     fixed, spot = found[Kind.ON_DEMAND], found[Kind.NOTICE]
     dear, rows = fixed.per_dollar(fixed), []
     for kind, one in found.items():
-        paid = spot if kind is Kind.ORACLE else one
+        paid = found[Kind.SUDDEN] if kind is Kind.ORACLE else one
         ended = f"{one.met} of {one.requests} in time, {one.lost} lost, {one.failovers} placed again"
         how = f"{ended}; {paid.machine_hours:.2f} machine h; {one.run.machines} machines at first, {one.run.limits}"
         short = kind.name.lower()
@@ -172,7 +174,7 @@ def draw(trace: str, found: dict[Kind, Outcome], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plans = []
     for kind, one in found.items():
-        paid, usd = found[Kind.NOTICE] if kind is Kind.ORACLE else one, ON_DEMAND_USD if kind is Kind.ON_DEMAND else SPOT_USD
+        paid, usd = found[Kind.SUDDEN] if kind is Kind.ORACLE else one, ON_DEMAND_USD if kind is Kind.ON_DEMAND else SPOT_USD
         hours = one.run.duration_s / 3600
         plans.append(Plan(kind.value, usd * paid.machine_hours / hours, one.met / one.run.duration_s))
     pareto(plans, f"{trace}: cost and goodput").savefig(folder / f"{trace}.png")

@@ -75,7 +75,7 @@ def test_copied_data_gives_a_workload_and_an_engine() -> None:
     [
         (Kind.NOTICE, [("notice", 180.0, 120.0), ("add", 400.0, None)]),
         (Kind.SUDDEN, [("kill", 300.0, None), ("add", 400.0, None)]),
-        (Kind.ORACLE, [("notice", 180.0, FOREVER_S), ("add", 400.0, None)]),
+        (Kind.ORACLE, [("notice", 300.0, FOREVER_S), ("add", 400.0, None)]),
     ],
 )
 def test_a_machine_is_gone_when_the_trace_says_so(kind: Kind, expected: list[tuple[str, float, float | None]]) -> None:
