@@ -152,6 +152,7 @@ class SseDoor(Door):
         return cls(address)
 
     async def stream(self, request_id: str, tokens: int, arrivals: list[float]) -> None:
+        self._idle = [each for each in self._idle if not each.transport.is_closing()]  # the router closes who idles
         connection = self._idle.pop() if self._idle else await self._connect()
         try:
             await connection.stream(request_id, tokens, arrivals)
