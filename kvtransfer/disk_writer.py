@@ -103,7 +103,9 @@ class DiskWriter:
     def _begin(self, piece: list[_Staged], under_way: deque[Appending]) -> None:
         try:
             if not self._store.writes_off:
-                under_way.append(self._store.begin(piece))
+                begun = self._store.begin(piece)
+                under_way.append(begun)
+                self._put_back(piece[len(begun.blocks) :])
                 return
         except OSError as error:
             self._store.turn_off(error)
@@ -128,6 +130,11 @@ class DiskWriter:
             elif not self._worth_writing():
                 return []
             return [self._queue.popleft() for _ in range(min(len(self._queue), self._piece_blocks, blocks_max))]
+
+    def _put_back(self, rest: list[_Staged]) -> None:
+        """What a new segment has no room for waits for the one after it."""
+        with self._changed:
+            self._queue.extendleft(reversed(rest))
 
     def _worth_writing(self) -> bool:
         return len(self._queue) >= self._piece_blocks or self._closed or self._draining > 0

@@ -132,6 +132,16 @@ async def test_size_stays_bounded_and_the_oldest_go_first(tmp_path):
     await disk.close()
 
 
+async def test_more_than_a_segment_holds_is_written_all_the_same(tmp_path):
+    """What a new segment has no room for must not be forgotten, or its memory never comes back."""
+    disk = tier(tmp_path, ROOMY, segment_bytes=8192 + 3 * (64 + BLOCK_BYTES))
+    for n in range(16):
+        assert disk.put(key(n), block(key(n)))
+    assert await disk.flush()
+    assert await served(disk, range(16)) == list(range(16))
+    await disk.close()
+
+
 async def test_a_block_that_is_read_now_and_then_outlives_its_segment(tmp_path):
     disk = tier(tmp_path, TIGHT)
     for n in range(100):
