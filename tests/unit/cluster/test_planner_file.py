@@ -34,7 +34,7 @@ def one_gpu(**changes: object) -> dict[str, Any]:
 
 
 def test_the_example_is_read_and_what_does_not_fit_is_left_out_with_by_how_much() -> None:
-    offers, refused = read_offers(str(ROOT / "deploy/configs/gpus.yaml"))
+    offers, refused = read_offers(str(ROOT / "deploy/planning/gpus.yaml"))
     assert {str(offer) for offer in offers} >= {"h100-80g tp 4", "a100-80g tp 8"}
     assert all(offer.kv_tokens > 0 and offer.cost.kv_token_bytes == 327_680 for offer in offers)
     assert all("GB more than" in line for line in refused)
