@@ -45,8 +45,8 @@ class Goal(NamedTuple):
 
 
 Rank = tuple[float, float, float, float, str]
-"""Smaller is better: requests that miss a limit, then by how much this one does, then the time until its last token; ties go to
-the less loaded, then by name."""
+"""Smaller is better: requests expected to miss a limit, then by how much this one does, then the time until its last token;
+ties go to the less loaded, then by name."""
 
 
 class Ranked(NamedTuple):
@@ -245,25 +245,35 @@ def _prompt(situation: Situation, pool: Pool, need: Need, cached: Column) -> tup
 
 
 def _rank(goal: Goal, harm: float, ttft_s: float, gap_s: float, load: float, name: str) -> Rank:
-    missed, over = harm, 0.0
-    if ttft_s > goal.ttft_s:
-        missed, over = missed + 1, ttft_s / goal.ttft_s - 1
-    if gap_s > goal.gap_s:
-        missed, over = missed + 1, over + gap_s / goal.gap_s - 1
-    return missed, over, ttft_s + goal.output_tokens * gap_s, load, name
+    risk, over = harm, 0.0
+    for predicted_s, limit_s in ((ttft_s, goal.ttft_s), (gap_s, goal.gap_s)):
+        if predicted_s > limit_s:
+            by = predicted_s / limit_s - 1.0
+            risk, over = risk + min(by, 1.0), over + by
+    return risk, over, ttft_s + goal.output_tokens * gap_s, load, name
 
 
 def _reason(rank: Rank) -> str:
-    missed, over, *_ = rank
-    text = f"misses {missed:g}" if missed else "within limits"
+    risk, over, *_ = rank
+    text = f"{risk:.2g} at risk" if risk else "within limits"
     return f"{text}, {over:.0%} over" if over else text
 
 
 def harmed(pool: Pool, before_s: Column, after_s: Column, goal: Goal) -> Column | None:
-    """Who runs on each worker and would keep the newcomer's token limit without it but not with it; None: nobody anywhere."""
+    """How many of those who run on each worker the newcomer will make miss its token limit, as far as can be expected; None:
+    nobody anywhere."""
     if not after_s.size or after_s.max() <= goal.gap_s:
         return None
-    return np.where((before_s <= goal.gap_s) & (after_s > goal.gap_s), pool.running, 0.0)
+    return np.asarray(pool.running * (_risk(after_s, goal.gap_s) - _risk(before_s, goal.gap_s)))
+
+
+def _risk(predicted_s: Column, limit_s: float) -> Column:
+    """How likely a limit is missed: surely by what is predicted to take twice as long.
+
+    A step at the limit would count those just beyond it as lost and send them everybody else as well; predictions are not that
+    good.
+    """
+    return np.asarray(np.minimum(np.maximum(predicted_s / limit_s - 1.0, 0.0), 1.0))
 
 
 def _met_there(prefill: Pool, decode: Pool, goal: Goal, wait_s: float) -> Column:
@@ -285,18 +295,18 @@ def _met_there(prefill: Pool, decode: Pool, goal: Goal, wait_s: float) -> Column
 
 
 def _missing(harm: Column | None, *predicted: tuple[Column, float]) -> Column | None:
-    """Requests that miss a limit on each row; None where nobody does."""
+    """Requests expected to miss a limit on each row; None where nobody is."""
     missed = harm
     for predicted_s, limit_s in predicted:
         if predicted_s.max() > limit_s:
-            misses = predicted_s > limit_s
-            missed = misses.astype(np.float64) if missed is None else missed + misses
+            risk = _risk(predicted_s, limit_s)
+            missed = risk if missed is None else missed + risk
     return missed
 
 
 def _best(rows: Rows, missed: Column | None, column: Column) -> list[int]:
-    """The LOOKED_AT of these rows where fewest miss a limit, of those where the column is lowest, that one first. By how much a
-    limit is missed grows with the column. Of those that tie, any."""
+    """The LOOKED_AT of these rows where fewest are expected to miss a limit, of those where the column is lowest, that one
+    first. By how much a limit is missed grows with the column. Of those that tie, any."""
     kept: list[int] = []
     while rows.size and len(kept) < LOOKED_AT:
         some, room = rows, LOOKED_AT - len(kept)

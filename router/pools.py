@@ -30,6 +30,8 @@ UNKNOWN_COST = StepCost(base_s=2e-3, prefill_token_s=1e-4, prefill_pair_s=1e-8, 
 
 FACTOR_MAX = 20.0
 """By which outcomes may correct what a worker learned of itself."""
+ALIKE = 1.3
+"""Corrections of two workers that differ by less say nothing of either."""
 TYPICAL_PROMPT_TOKENS = 512
 """Of others' prompts only the sum of tokens is known; their attention is that of prompts of this length."""
 
@@ -262,8 +264,15 @@ def _corrected(cost: CostColumns, known: Corrections, prefills_only: Sequence[bo
 
 
 def _factor(seen_s: Column, predicted_s: Column) -> Column:
+    """The median over all workers is everybody's; of what one differs by, only what is beyond ALIKE is its own. Outcomes come
+    late, and whoever follows their noise sends all that comes to one worker until it is the slower one."""
+    known = seen_s > 0
+    if not known.any():
+        return np.ones_like(seen_s)
     factor = np.clip(seen_s / np.maximum(predicted_s, 1e-12), 1 / FACTOR_MAX, FACTOR_MAX)
-    return np.where(seen_s > 0, factor, 1.0)
+    common = float(np.median(factor[known]))
+    own = np.where(known, factor / common, 1.0)
+    return np.asarray(common * np.where(own > ALIKE, own / ALIKE, np.where(own < 1 / ALIKE, own * ALIKE, 1.0)))
 
 
 def _chunk_s(cost: CostColumns) -> Column:

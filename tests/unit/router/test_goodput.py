@@ -60,9 +60,16 @@ def test_gaps_are_kept_within_the_limit_even_on_the_busier_side():
 
 
 def test_nobody_is_pushed_over_the_limit_while_another_place_is_left():
-    # d0 runs 16 requests at 18 ms a token, just within 0.9 · 20 ms; one more and all 16 miss. d1 is over it already.
-    here = situation(*workers(worker("p0", P), worker("d0", D, running=16), worker("d1", D, running=40)))
-    assert decide(here).place == Pair("p0", "d1"), "one miss rather than seventeen"
+    # d0 runs 17 requests at 19 ms a token, little over 0.9 · 20 ms: one more costs more than one of them its limit, as far as
+    # can be expected. d1 is so far over it that it has nobody to lose.
+    here = situation(*workers(worker("p0", P), worker("d0", D, running=17), worker("d1", D, running=80)))
+    assert decide(here).place == Pair("p0", "d1"), "one miss rather than more of eighteen"
+
+
+def test_a_worker_just_over_the_limit_is_not_given_up():
+    # Its requests may yet make it, as predictions go: to send it whoever comes would see to it that they do not.
+    here = situation(*workers(worker("p0", P), worker("d0", D, running=17), worker("d1", D, running=18)))
+    assert decide(here).place == Pair("p0", "d0")
 
 
 def test_a_short_uncached_rest_goes_straight_to_an_idle_decode_worker():
@@ -95,7 +102,7 @@ def test_without_limits_the_quickest_whole_request_wins():
 def test_candidates_say_why():
     here = situation(*workers(worker("p0", P, waiting_tokens=2000), worker("d0", D, running=60)))
     reasons = {candidate.reason for candidate in decide(here).candidates}
-    assert any("misses 2" in reason for reason in reasons)
+    assert any("at risk" in reason for reason in reasons)
 
 
 loads = st.fixed_dictionaries(
