@@ -13,7 +13,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LINES_MAX = 350
 BYTES_MAX = 2 * 2**20
-ROOMS = ["tandem", "core", "engine", "worker", "prefill_worker", "decode_worker", "kvtransfer", "router", "cluster", "sim", "cli"]
+ROOMS = [
+    "tandem",
+    "core",
+    "engine",
+    "worker",
+    "prefill_worker",
+    "decode_worker",
+    "kvtransfer",
+    "router",
+    "cluster",
+    "sim",
+    "cli",
+]
 ROOMS += ["models", "benchmarks"]
 
 

@@ -266,8 +266,8 @@ async def test_only_announced_blocks_of_a_live_export_are_sent(helpers, director
     ("pieces", "count", "words"),
     [
         ([1], 2, "pieces of 1 blocks in all for 2"),
-        ([0, 2], 2, "1 to 16 blocks"),
-        ([17], 17, "1 to 16 blocks"),
+        ([0, 2], 2, "1 to 4 blocks"),
+        ([17], 17, "1 to 4 blocks"),
         ([], 5000, "at most 4096"),
     ],
 )
