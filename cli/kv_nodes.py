@@ -142,12 +142,13 @@ def get(node: KvNodeAddress, key: BlockKey) -> Found | None:
     with _held(node, [key]) as (stub, records, holder):
         if not records:
             return None
-        columns = {
-            "indices": [record.index for record in records],
-            "block_ids": [record.block_id for record in records],
-            "generations": [record.generation for record in records],
-        }
-        request = pb.ReadRequest(key=key_to_pb(holder), epoch=node.epoch, **columns)
+        request = pb.ReadRequest(
+            key=key_to_pb(holder),
+            epoch=node.epoch,
+            indices=[record.index for record in records],
+            block_ids=[record.block_id for record in records],
+            generations=[record.generation for record in records],
+        )
         data = b"".join(chunk.data for chunk in stub.Read(request, timeout=TIMEOUT_S))
         record = record_from_pb(records[0])
     if record.digest != NO_DIGEST and digest_of(_array(data)) != record.digest:

@@ -42,7 +42,7 @@ class Asked:
         """Raises BlocksGoneError when blocks of `part` are others by now."""
         changed = np.flatnonzero(arena.generations[self._ids[part]] != self._generations[part])
         if changed.size:
-            raise BlocksGoneError([self.indices[part][place] for place in changed])
+            raise BlocksGoneError([self.indices[part][place] for place in changed.tolist()])
 
 
 def read_spans(arena: Arena, asked: Asked, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
