@@ -3,8 +3,6 @@ PY := .venv/bin/python
 PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BENCHES := spine engine_cpu router kv_transfer goodput prediction
-STORIES := $(addprefix tests/unit/,core/test_inventory_machine.py engine/loop/test_loop_random.py worker/test_attempts.py \
-	kvtransfer/test_handoff.py kvtransfer/test_local_directory.py router/test_journey_property.py cluster/test_membership.py cluster/test_reconcile.py)
 ROOMS := tandem core engine worker prefill_worker decode_worker kvtransfer router cluster sim cli
 
 .PHONY: setup demo test check proto bench sim sim-nightly stories gpu peers clean
@@ -48,8 +46,8 @@ sim: setup # the product on virtual time, random clusters under random faults; S
 sim-nightly: setup
 	@$(PY) -m cli.sim_sweep --seed $(or $(SEED),$$(date +%s)) --count 20000
 
-stories: setup # the deciding files alone under random stories; SEED=n replays one
-	@$(PY) -m pytest --hypothesis-seed=$(or $(SEED),random) $(STORIES)
+stories: setup # every property test on examples of its own; SEED=n replays them
+	@$(PY) -m pytest -n 3 --dist loadfile -m hypothesis --hypothesis-profile=default --hypothesis-seed=$(or $(SEED),$$(date +%s))
 
 clean:
 	rm -rf .venv .peers

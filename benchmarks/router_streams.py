@@ -5,7 +5,7 @@ Claims
 - While it relays 10,000 tokens/s it adds at most 5 ms to a gap between two tokens, 99th percentile: the gap as the client
   sees it less the same gap as the worker wrote it.
 - Two routers behind one address relay at least 1.8 times what one does. On two cores they share them with everybody else
-  here, so beside it stands what a second core of its own would give: tokens per CPU second of two against one.
+  here, so beside it is stated what a second core of its own would give: tokens per CPU second of two against one.
 
 Workers compute nothing (`router_pool`, eight decode workers in one process) and the client is bare sockets: it reads frames
 and notes the time. With one router, everybody but the router shares the other core.
@@ -146,7 +146,6 @@ def rows_of(kind: type[Door], tokens: int, rounds: int) -> list[Row]:
             f"{name}: two routers over one, were each on a core of its own",
             2 * per_cpu_s(two) / per_cpu_s(one),
             "x",
-            SCALE_BAR,
             how=f"{free}; twice the tokens per CPU second of two routers over those of one",
         ),
     ]  # fmt: skip

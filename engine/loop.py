@@ -155,6 +155,10 @@ class StepLoop:
         announced = self._settle(schedule, changes, now)
         if schedule.work and not announced:
             self._compute(schedule.work, changes, now)
+        return self._gathered(changes)
+
+    def _gathered(self, changes: _Changes) -> StepOutput:
+        """What a step says of itself, and of who left since the last one did."""
         left, self._left = self._left, []
         return StepOutput(
             tuple(changes.tokens),

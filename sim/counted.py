@@ -120,7 +120,7 @@ class CountedLoop(StepLoop):
         if done > 0:
             rows, context = len(self._work), self._changes.shape.decode_context
             self._book_many(self._changes, ends[:done])
-            output = self._taken()
+            output = self._gathered(self._changes)
             self._changes = _Changes(shape=StepShape(0, 0, rows, context + done * rows))
             self._hold(0)
         self._ends = ends[max(done, 0) : done + 1]
@@ -145,22 +145,7 @@ class CountedLoop(StepLoop):
             self._end = ends[0]
             self._book(changes)
         self._ends, self._work = [], []
-        return self._taken()
-
-    def _taken(self) -> StepOutput:
-        changes = self._changes
-        left, self._left = self._left, []
-        return StepOutput(
-            tuple(changes.tokens),
-            tuple(changes.committed),
-            tuple(changes.prefilled),
-            tuple(changes.joined),
-            tuple(left),
-            tuple(changes.given_back),
-            tuple(changes.failed),
-            changes.num_tokens,
-            changes.shape,
-        )
+        return self._gathered(self._changes)
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
