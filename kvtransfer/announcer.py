@@ -11,10 +11,10 @@ from core.clock import Clock
 from core.errors import StaleEpochError
 from core.inventory import Changes, Inventory
 from kvtransfer.directory import Directory, DirectoryError, DuplicateNodeError, NodeRecord, Tier
+from kvtransfer.gathering import gathered
 
 log = logging.getLogger(__name__)
 
-GATHER_S = 0.25  # a prompt's blocks come chunk by chunk: one announcement for many costs everybody a fraction
 KEYS_MAX = 4096  # of one announcement
 PAUSE_MIN_S = 0.2
 PAUSE_MAX_S = 5.0
@@ -144,5 +144,4 @@ class Announcer:
                 await self._news.wait()
         except TimeoutError:
             return
-        await asyncio.sleep(GATHER_S)
-        self._news.clear()
+        await gathered(self._news)

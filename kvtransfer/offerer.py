@@ -19,6 +19,7 @@ from core.wire import key_to_pb, layout_to_pb, record_to_pb, source_to_pb
 from kvtransfer.channels import Channels
 from kvtransfer.directory import NodeRecord
 from kvtransfer.exports import Exports
+from kvtransfer.gathering import gathered
 from kvtransfer.rpc import transfer_error
 from tandem.cancelling import heed_cancellation
 from tandem.v1 import kv_pb2
@@ -31,7 +32,6 @@ BATCH_BLOCKS = 256
 BATCH_BYTES = 16 * 2**20
 OFFER_TIMEOUT_S = 10.0
 LEASE_MARGIN_S = 2.0
-GATHER_S = 0.25  # on top of what announcing took: one offer for a whole prompt, when its first tokens are out
 PAUSE_MIN_S = 0.2
 PAUSE_MAX_S = 5.0
 _OFFERED = object()
@@ -123,7 +123,7 @@ class Offerer:
             while self._store is None or not self._queue:
                 self._news.clear()
                 await self._news.wait()
-                await asyncio.sleep(GATHER_S)
+                await gathered(self._news)  # on top of what announcing took: one offer for a whole prompt
             batch = [key for key, _ in zip(self._queue, range(self._batch_blocks()), strict=False)]
             try:
                 await self._offer(self._store, batch)

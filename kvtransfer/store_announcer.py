@@ -12,9 +12,9 @@ import logging
 
 from core.clock import Clock
 from core.errors import StaleEpochError, TandemError
-from kvtransfer.announcer import GATHER_S
 from kvtransfer.directory import Directory, DuplicateNodeError, Tier
 from kvtransfer.disk_changes import DiskChanges
+from kvtransfer.gathering import gathered
 from kvtransfer.store_node import StoreNode
 from kvtransfer.store_plane import StorePlane
 
@@ -63,7 +63,7 @@ class StoreAnnouncer:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._ttl_s / 3):
                         await self._store.changed.wait()
-            await asyncio.sleep(GATHER_S)
+            await gathered(self._store.changed)
 
     def _failed(self) -> None:
         self.failures += 1

@@ -190,6 +190,7 @@ class Router:
                 log.warning(line)
             view = self._prior.under(view)
         self.dispatcher.follow(view)
+        self.dispatcher.situation().prepare()
         if self._stores is not None:
             self._stores.follow(view)
 

@@ -69,6 +69,10 @@ class Situation:
     def whole(self) -> Pool:
         return self._pool(WorkerRole.COLOCATED)
 
+    def prepare(self) -> None:
+        """Makes the pools now, before a request waits for them: half a millisecond on a machine that idles."""
+        self.prefill, self.decode, self.whole  # noqa: B018
+
     @property
     def token_bytes(self) -> int:
         """KV of one token, 0 before anybody has said."""

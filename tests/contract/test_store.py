@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from transport_suite import until
 
 from core.errors import ConfigError
 from core.request import AttemptKey
-from core.wire import layout_to_pb
+from core.wire import layout_to_pb, source_to_pb
 from kvtransfer import main as store_main
 from kvtransfer import store_offers, store_plane
 from tandem.v1 import kv_pb2
@@ -30,6 +31,13 @@ BLOCKS = 2**20 // LAYOUT.block_bytes
 async def pair(tmp_path):
     async with worker_end(tmp_path) as worker, store_end(store_spec(tmp_path)) as store:
         yield worker, store
+
+
+@pytest.fixture
+def mute_address():
+    """Somebody listens there and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
 
 
 @pytest.mark.parametrize("transport", ["auto", "shm", "grpc"])
@@ -208,16 +216,20 @@ async def test_a_reader_that_never_renews_loses_its_hold(pair):
     assert not await store.client.drop()
 
 
-async def test_offers_beyond_the_bound_are_turned_away(pair, monkeypatch):
+async def test_offers_beyond_the_bound_are_turned_away(pair, mute_address, monkeypatch):
     monkeypatch.setattr(store_offers, "OFFERS_RUNNING", 1)
     monkeypatch.setattr(store_offers, "OFFERS_WAITING_MAX", 0)
     worker, store = pair
-    replies = await asyncio.gather(*(store.client.offer(worker, keys_of(f"{n}", 40)) for n in range(6)), return_exceptions=True)
-    refused = [reply for reply in replies if isinstance(reply, grpc.aio.AioRpcError)]
-    assert refused
-    assert {error.code() for error in refused} == {OVERLOADED}
-    assert store.node.offers.stats.turned_away == len(refused)
-    assert len(store.node.offers) == 0
+    mute = replace(worker.source, worker_id="mute", host_id="elsewhere", grpc_address=mute_address, transports=("grpc",))
+    running = asyncio.create_task(store.client.offer(worker, keys_of("first", 4), source=source_to_pb(mute)))
+    await until(lambda: len(store.node.offers) == 1)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await store.client.offer(worker, keys_of("second", 4))
+    assert refused.value.code() == OVERLOADED
+    assert store.node.offers.stats.turned_away == 1
+    running.cancel()
+    await until(lambda: len(store.node.offers) == 0)
+    assert outcome(await store.client.offer(worker, keys_of("third", 4))) == (4, 0, 0)
 
 
 async def test_bytes_that_rot_in_memory_are_found_dropped_and_counted(pair):
