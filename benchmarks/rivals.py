@@ -108,11 +108,11 @@ def _kind(split: bool) -> str:
 async def measure(quick: bool) -> tuple[dict[bool, System], dict[bool, System]]:
     with ExitStack() as stack:
         peer = {split: theirs(stack, split) for split in (False, True)}
-        mine = {split: ours(stack, split) for split in (False, True)}
         for system in peer.values():
             _wait(system)
         for system in peer.values():
             system.stand_still(True)
+        mine = {split: ours(stack, split) for split in (False, True)}  # later: starved of its cores it is thought dead
         everybody = [*mine.values(), *peer.values()]
         await _everybody(everybody, Load(8, 8, PROMPT_TOKENS, 8, seed=99), keep=False)  # warm up
         for turn in range(2 if quick else 5):
