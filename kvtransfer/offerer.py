@@ -7,7 +7,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 
 import grpc
 
@@ -21,6 +20,7 @@ from kvtransfer.directory import NodeRecord
 from kvtransfer.exports import Exports
 from kvtransfer.gathering import gathered
 from kvtransfer.rpc import transfer_error
+from kvtransfer.store_choice import choose_store
 from tandem.cancelling import heed_cancellation
 from tandem.v1 import kv_pb2
 
@@ -192,12 +192,3 @@ class Offerer:
     async def _pause(self) -> None:
         await asyncio.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
-
-
-def choose_store(stores: Sequence[KvSource], here: KvSource) -> KvSource | None:
-    """The store for blocks of this worker: one of its host when there is one; else any, and always the same while the
-    stores are the same. Workers spread over several evenly (rendezvous hashing, Thaler and Ravishankar 1998)."""
-    near = [store for store in stores if store.host_id == here.host_id] or list(stores)
-    if not near:
-        return None
-    return max(near, key=lambda store: sha256(f"{here.worker_id} {store.worker_id}".encode()).digest())

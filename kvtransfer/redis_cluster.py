@@ -14,7 +14,7 @@ from redis import exceptions
 from redis.crc import key_slot
 
 from kvtransfer.directory import DirectoryError
-from kvtransfer.redis_layout import Lookup
+from kvtransfer.redis_layout import Buckets, Lookup
 from kvtransfer.redis_link import Calls, SingleLink, direct_link
 from kvtransfer.redis_scripts import Script
 from kvtransfer.redis_url import RedisTarget
@@ -39,7 +39,7 @@ class ClusterLink:
 
     async def read(
         self, prefix: bytes, lookup: Lookup, script: Script, args: Sequence[Any], timeout_s: float
-    ) -> tuple[list[bytes | None], Any]:
+    ) -> tuple[Buckets, Any]:
         return await self._at_master(prefix, lambda link: link.read(prefix, lookup, script, args, timeout_s), timeout_s)
 
     async def run(self, prefix: bytes, script: Script, args: Sequence[Any], timeout_s: float) -> Any:

@@ -30,7 +30,7 @@ from kvtransfer.directory import (
     pack_deltas,
 )
 from kvtransfer.directory_wire import node_from_bytes, node_to_bytes
-from kvtransfer.redis_layout import CLUSTER_SHARDS, SWEEP_BUCKETS, Layout, Lookup, read_words
+from kvtransfer.redis_layout import CLUSTER_SHARDS, SWEEP_BUCKETS, Buckets, Layout, Lookup, read_words
 from kvtransfer.redis_link import has_answered, open_link
 from kvtransfer.redis_scripts import ANNOUNCE, JOIN, LEAVE, NODES, RECORDS, SWEEP, Script
 from kvtransfer.redis_url import parse_redis_url
@@ -194,7 +194,7 @@ class RedisDirectory:
             return list(takewhile(lambda run: run[0], resolved[0]))
         return _merged([lookup.places for lookup in lookups.values()], resolved, len(keys) // KEY_BYTES)
 
-    async def _read(self, shard: int, lookup: Lookup) -> tuple[list[bytes | None], _Records]:
+    async def _read(self, shard: int, lookup: Lookup) -> tuple[Buckets, _Records]:
         numbers = list(self._met[shard])
         prefix = self._layout.prefixes[shard]
         buckets, found = await self._link.read(prefix, lookup, RECORDS, numbers, self._timeout_s)

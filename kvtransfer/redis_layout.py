@@ -40,8 +40,9 @@ TAG_BYTES = 6
 WORD_BYTES = 4
 RECORD_BYTES = TAG_BYTES + WORD_BYTES
 BUCKET_BYTES = 3
-COMMAND_BUCKETS = 512
-"""Asked for by one command: Redis reads 16 KiB at a time, does the commands that are whole, and answers before it reads on."""
+COMMAND_BUCKETS = 256
+"""Asked for by one command, so that the first answers are read while Redis is busy with the next: it reads 16 KiB at a time,
+does the commands that are whole, and answers before it reads on."""
 SWEEP_BUCKETS = 256
 """Swept by one call, in about a millisecond."""
 _SHARD_BYTE = KEY_BYTES - 1
@@ -50,6 +51,31 @@ WordRun = tuple[bytes, int]
 """Words, of how many keys in a row."""
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _Counts = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Buckets:
+    """Of a lookup, as they arrive, portion by portion; nothing after the first that does not exist."""
+
+    def __init__(self) -> None:
+        self._lengths: list[_Counts] = []
+        self._bytes: list[bytes] = []
+        self._ended = False
+
+    def take(self, portion: list[bytes | None]) -> None:
+        if self._ended:
+            return
+        try:
+            lengths = np.fromiter(map(len, portion), np.int64, len(portion))  # type: ignore[arg-type]
+        except TypeError:
+            self._ended = True
+            portion = portion[: portion.index(None)]
+            lengths = np.fromiter(map(len, portion), np.int64, len(portion))  # type: ignore[arg-type]
+        self._lengths.append(lengths)
+        self._bytes.append(b"".join(portion))  # type: ignore[arg-type]
+
+    def joined(self) -> tuple[bytes, _Counts]:
+        """All one after another, and how long each is."""
+        return b"".join(self._bytes), np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int64)
 
 
 class Lookup:
@@ -69,9 +95,8 @@ class Lookup:
         return _rows(self._tags)
 
     def commands(self) -> list[bytes]:
-        """`HMGET` of the buckets as it goes over the wire, some hundreds of them in each, so that the first answers are read
-        while Redis is busy with the next. Bucket names have one length, so that is one copy of a pattern: encoding 2,048
-        arguments one by one takes longer than Redis takes to answer."""
+        """`HMGET` of the buckets as it goes over the wire, some of them in each. Bucket names have one length, so that is one
+        copy of a pattern: encoding 2,048 arguments one by one takes longer than Redis takes to answer."""
         wire = np.empty((len(self._buckets), 4 + BUCKET_BYTES + 2), np.uint8)
         wire[:, :4] = np.frombuffer(b"$%d\r\n" % BUCKET_BYTES, np.uint8)
         wire[:, 4:-2] = self._buckets
@@ -80,17 +105,15 @@ class Lookup:
         parts = [wire[first : first + COMMAND_BUCKETS] for first in range(0, len(wire), COMMAND_BUCKETS)]
         return [b"*%d\r\n%s%s" % (len(part) + 2, name, part.tobytes()) for part in parts]
 
-    def read(self, buckets: list[bytes | None]) -> list[WordRun]:
+    def read(self, buckets: Buckets) -> list[WordRun]:
         """What the buckets say of the keys until the first that nobody holds: (words, of how many keys in a row)."""
-        try:
-            lengths = np.fromiter(map(len, buckets), np.int64, len(buckets))  # type: ignore[arg-type]
-        except TypeError:
-            held = buckets[: next(at for at, bucket in enumerate(buckets) if bucket is None)]
-            return self.read(held) if held else []
+        joined, lengths = buckets.joined()
+        if not len(lengths):
+            return []
         counts = lengths // RECORD_BYTES
         if (counts * RECORD_BYTES != lengths).any():
-            return self._read_one_by_one(buckets)  # type: ignore[arg-type]
-        return self._read_at_once(b"".join(buckets), counts)  # type: ignore[arg-type]
+            return self._read_one_by_one(joined, lengths)
+        return self._read_at_once(joined, counts)
 
     def _read_at_once(self, buckets: bytes, counts: _Counts) -> list[WordRun]:
         """Compares all records of all buckets with the tag asked of them. `counts`: how many of them each bucket has."""
@@ -106,11 +129,11 @@ class Lookup:
         until = keys if per_key.all() else int(np.argmin(per_key))
         return _runs(words, per_key[:until])
 
-    def _read_one_by_one(self, buckets: list[bytes]) -> list[WordRun]:
+    def _read_one_by_one(self, buckets: bytes, lengths: _Counts) -> list[WordRun]:
         """The same where a bucket is damaged or somebody else's."""
         runs: list[WordRun] = []
-        for bucket, tag in zip(buckets, self.tags(), strict=False):
-            words = words_in(bucket, tag)
+        for end, length, tag in zip(np.cumsum(lengths).tolist(), lengths.tolist(), self.tags(), strict=False):
+            words = words_in(buckets[end - length : end], tag)
             if not words:
                 break
             if runs and runs[-1][0] == words:

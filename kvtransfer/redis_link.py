@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 from redis import exceptions
@@ -15,7 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from kvtransfer.directory import DirectoryError
-from kvtransfer.redis_layout import Lookup
+from kvtransfer.redis_layout import Buckets, Lookup
 from kvtransfer.redis_scripts import Script
 from kvtransfer.redis_url import RedisTarget
 from tandem.cancelling import heed_cancellation
@@ -42,7 +41,7 @@ class RedisLink(Protocol):
 
     async def read(
         self, prefix: bytes, lookup: Lookup, script: Script, args: Sequence[Any], timeout_s: float
-    ) -> tuple[list[bytes | None], Any]:
+    ) -> tuple[Buckets, Any]:
         """The buckets of `lookup` and what `script` answers, in one round trip. Without args the script is not asked."""
         ...
 
@@ -154,20 +153,18 @@ class SingleLink:
 
     async def read(
         self, prefix: bytes, lookup: Lookup, script: Script, args: Sequence[Any], timeout_s: float
-    ) -> tuple[list[bytes | None], Any]:
+    ) -> tuple[Buckets, Any]:
         commands = lookup.commands()
         parts = len(commands)
         if args:
             commands += _CONNECTION.pack_command("EVALSHA", script.sha, 1, prefix, *args)
         wire = b"".join(commands)
-        replies = await self._calls.run(lambda: self._exchange(wire, parts + bool(args)), timeout_s)
-        found, answer = replies[:parts], replies[parts:]
-        if answer and isinstance(answer[0], exceptions.NoScriptError):
-            answer = [await self.run(prefix, script, args, timeout_s)]
-        for reply in (*found, *answer):
-            if isinstance(reply, Exception):
-                raise DirectoryError(f"redis {self._name}: {reply}") from reply
-        return list(chain.from_iterable(found)), answer[0] if answer else []
+        buckets, answer = await self._calls.run(lambda: self._exchange(wire, parts, bool(args)), timeout_s)
+        if isinstance(answer, exceptions.NoScriptError):
+            answer = await self.run(prefix, script, args, timeout_s)
+        if isinstance(answer, Exception):
+            raise DirectoryError(f"redis {self._name}: {answer}") from answer
+        return buckets, answer
 
     async def run(self, prefix: bytes, script: Script, args: Sequence[Any], timeout_s: float) -> Any:
         return await self._calls.run(lambda: _evaluated(self._client, prefix, script, args), timeout_s)
@@ -180,15 +177,15 @@ class SingleLink:
         for client in (self._client, *self._helpers):
             await _closed(client.aclose())
 
-    async def _exchange(self, wire: bytes, replies: int) -> list[Any]:
+    async def _exchange(self, wire: bytes, portions: int, more: bool) -> tuple[Buckets, Any]:
         """Sends commands that are packed already. A pooled connection may have died unnoticed: then once more on a new one."""
         pool = self._client.connection_pool
         connection = await pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             try:
-                return await _replies(connection, wire, replies)
+                return await _answered(connection, wire, portions, more)
             except exceptions.ConnectionError:
-                return await _replies(connection, wire, replies)
+                return await _answered(connection, wire, portions, more)
         finally:
             await pool.release(connection)
 
@@ -209,16 +206,23 @@ async def _closed(closing: Awaitable[None]) -> None:
         log.debug("closing a connection to redis: %s", error)
 
 
-async def _replies(connection: Any, wire: bytes, count: int) -> list[Any]:
-    """Errors that Redis answers stand in place of their reply. Anything else leaves the connection disconnected."""
-    found: list[Any] = []
+async def _answered(connection: Any, wire: bytes, portions: int, more: bool) -> tuple[Buckets, Any]:
+    """So many portions of buckets, then, where there is one `more`, what the last command answered; else an empty list.
+
+    An error that Redis answers takes the place of what the last command answered, the first one if there are several.
+    Anything else leaves the connection disconnected.
+    """
+    buckets, answer, error = Buckets(), list[Any](), None
     await connection.send_packed_command(wire)
-    for _ in range(count):
+    for number in range(portions + more):
         try:
-            found.append(await connection.read_response(disconnect_on_error=False))
-        except exceptions.ResponseError as error:
-            found.append(error)
+            answer = await connection.read_response(disconnect_on_error=False)
+        except exceptions.ResponseError as said:
+            error = error or said
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-    return found
+        else:
+            if number < portions:
+                buckets.take(answer)
+    return buckets, error or (answer if more else [])
