@@ -35,6 +35,7 @@ def sim(
     from core.config import load
     from sim.cluster import worker_names
     from sim.faults import read_faults
+    from sim.plane import store_names
     from sim.report import write_html
     from sim.report_timeline import Timeline
     from sim.run import simulate
@@ -51,7 +52,7 @@ def sim(
             policy,
             seed,
             rate_scale=rate_scale,
-            faults=read_faults(faults, worker_names(loaded)) if faults is not None else (),
+            faults=read_faults(faults, worker_names(loaded), store_names(loaded)) if faults is not None else (),
             checks=checks,
             prepare=timeline.watch if html else lambda world: None,
             on_look=_watch(bar, _end_s(loaded, trace, rate_scale)),

@@ -89,6 +89,9 @@ class SimConfig(_Branch):
     """Arrivals after it are left out; None: all of the trace."""
     engine: Literal["counted", "exact"] = "counted"
     """`exact`: real tokens through the shipped step loop, one step at a time: for small workloads and for finding mistakes."""
+    directory: bool = False
+    """Workers find each other's blocks by a directory whose word lags behind, and `store.nodes` stores of `store.dram_bytes`
+    take what they offer. false: who has the longest part of a prompt is known at once, and there are no stores."""
     routers: int = Field(1, ge=1, le=64)
     start_s: float = Field(30.0, ge=0)
     """From launching a worker that takes another one's place until it is ready."""

@@ -6,7 +6,9 @@ from collections import Counter
 
 from core.errors import InternalError, InvalidRequestError, TandemError
 from core.request import TokenEvent
+from sim.plane import SimPlane
 from sim.requests import Request
+from sim.stores import SimStore
 from sim.worker import SimWorker
 from sim.world import World
 
@@ -34,6 +36,8 @@ class Checks:
                 self._books[name] = books
                 self.looks += 1
                 self._worker(worker)
+        if self._world.site.plane is not None:
+            self._stores(self._world.site.plane)
 
     def at_the_end(self) -> None:
         """Every request has ended, and enough time has passed for every lease to run out."""
@@ -52,6 +56,8 @@ class Checks:
                 self._rule(not len(worker.table), f"{worker.name} keeps {worker.table.live()}")
                 self._rule(worker.inventory.counts().active == 0, f"{worker.name} never gave blocks back")
                 self._rule(worker.inventory.leases_open() == 0, f"{worker.name} keeps a lease")
+        if world.site.plane is not None:
+            self._plane_at_the_end(world.site.plane)
 
     # ---- users -----------------------------------------------------------------------------------------------------
 
@@ -74,13 +80,9 @@ class Checks:
     def _worker(self, worker: SimWorker) -> None:
         try:
             worker.check()
-            held, expected = self._references(worker)
         except AssertionError as error:
             raise BrokenRuleError(f"{self._when()}: {worker.name}: {error}") from error
-        for block, count in enumerate(held):
-            if count != expected[block]:
-                text = f"block {block} of {worker.name} has {count} references, its holders have {expected[block]}"
-                self._rule(False, text)
+        self._references(worker)
         known = worker.holders()
         for holder in worker.inventory.leases():
             self._rule(holder in known, f"{worker.name} keeps a lease of {holder}, which is over there")
@@ -88,13 +90,48 @@ class Checks:
             for key in worker.table.live():
                 self._rule(key in known, f"{worker.name} lists {key} and holds nothing of it")
 
-    def _references(self, worker: SimWorker) -> tuple[list[int], Counter[int]]:
+    def _references(self, node: SimWorker | SimStore) -> None:
         expected: Counter[int] = Counter()
-        for blocks in worker.held_blocks():
+        for blocks in (*node.held_blocks(), *node.inventory.leases().values()):
             expected.update(blocks)
-        for blocks in worker.inventory.leases().values():
-            expected.update(blocks)
-        return worker.inventory.references(), expected
+        for block, count in enumerate(node.inventory.references()):
+            if count != expected[block]:
+                text = f"block {block} of {node.name} has {count} references, its holders have {expected[block]}"
+                self._rule(False, text)
+
+    # ---- stores and the directory ----------------------------------------------------------------------------------
+
+    def _stores(self, plane: SimPlane) -> None:
+        for name, store in plane.stores.items():
+            books = store.epoch, store.inventory.counts()
+            if store.alive and self._books.get(name) != books:
+                self._books[name] = books
+                self.looks += 1
+                self._store(store)
+
+    def _store(self, store: SimStore) -> None:
+        try:
+            store.inventory.check()
+        except AssertionError as error:
+            raise BrokenRuleError(f"{self._when()}: {store.name}: {error}") from error
+        self._references(store)
+
+    def _plane_at_the_end(self, plane: SimPlane) -> None:
+        """Nothing happens any more: stores hold nothing for anybody, the directory names what is resident and nothing else."""
+        nodes: list[SimWorker | SimStore] = [each for each in plane.stores.values() if each.alive]
+        for store in plane.stores.values():
+            if store.alive:
+                self._store(store)
+                self._rule(store.inventory.counts().active == 0, f"{store.name} never gave blocks back")
+        nodes += [worker for worker in self._world.site.workers.values() if worker.alive]
+        resident = {(each.name, each.epoch): {entry.key for entry in each.inventory.entries()} for each in nodes}
+        table, now = plane.directory.table, self._world.events.now()
+        table.check()
+        for key in set().union(*resident.values()):
+            located = table.locate(key, now).expand().holders
+            named = {(holder.worker_id, holder.epoch) for holders in located for holder in holders}
+            there = {node for node, keys in resident.items() if key in keys}
+            self._rule(named == there, f"the directory names {sorted(named)} for a block that {sorted(there)} have")
 
     def _rule(self, holds: bool, text: str) -> None:
         if not holds:

@@ -122,8 +122,13 @@ class SimController:
         """The process is gone; the launcher that watches it says so."""
         now = self._site.events.now()
         self._membership.mark_dead(worker.name, worker.epoch, reason)
+        self._departed(worker.name, worker.epoch)
         self._reconciler.ended(worker.name, worker.epoch, reason, False, now)
         self._control()
+
+    def _departed(self, name: str, epoch: int) -> None:
+        if self._site.plane is not None:
+            self._site.plane.departed(name, epoch)
 
     def drain(self, worker: SimWorker, deadline: float) -> None:
         """It gets no new work, and a successor starts, unless its place is to stay empty."""
@@ -191,6 +196,7 @@ class SimController:
     def _tick(self) -> None:
         now = self._site.events.now()
         for name, epoch in self._membership.tick(now):
+            self._departed(name, epoch)
             self._reconciler.silent(name, epoch, now)
         self._control()
         self._site.events.later(

@@ -47,7 +47,7 @@ class SimExports:
     def open(self, item: WorkItem) -> None:
         """A prompt to be computed and handed over."""
         self._offers[item.key] = _Offer(Export(item.key, self._lease_s, self._worker.site.events.now()))
-        self.fetches.admit(item, lambda: self._worker.call(lambda now: self._submit(item, now)))
+        self._worker.fetches.admit(item, lambda: self._worker.call(lambda now: self._submit(item, now)))
 
     def _submit(self, item: WorkItem, now: float) -> None:
         worker, key = self._worker, item.key

@@ -4,10 +4,11 @@ A file is a YAML or JSON list of mappings with `at_s` (counted from the first ar
 
 | kind | target | further keys |
 |---|---|---|
-| kill | a worker | its process dies |
-| notice | a worker | `for_s`: it is drained, and dies so long after (default: sim.notice_s) |
-| partition | a worker | `for_s`: nobody reaches it, its process lives on |
-| slow | a worker | `for_s`, `share`: its links pass this share of what they did |
+| kill | a worker, a store | its process dies, with what it has in memory |
+| notice | a worker, a store | `for_s`: it is drained, and dies so long after (default: sim.notice_s) |
+| partition | a worker, a store | `for_s`: nobody reaches it, its process lives on |
+| slow | a worker, a store | `for_s`, `share`: its links pass this share of what they did |
+| lose_directory | | `for_s`: the directory (or its Redis) answers nobody, and comes back empty; with sim.directory alone |
 | lose_reports | | `for_s`, `share`: part of all reports to the controller that is lost |
 | add | a worker | of spot traces: the place of one that was taken away may be filled again |
 
@@ -29,7 +30,7 @@ import yaml
 from core.errors import ConfigError
 
 TARGETED = ("kill", "notice", "partition", "slow", "add")
-KINDS = (*TARGETED, "lose_reports")
+KINDS = (*TARGETED, "lose_reports", "lose_directory")
 LASTING_S = 10.0
 SPOT_COLUMNS = {"time_ms", "event", "node"}
 
@@ -46,8 +47,9 @@ class Fault:
     refill: bool = True
 
 
-def read_faults(path: str, workers: Sequence[str]) -> list[Fault]:
-    """In order of time. `workers`: the names there are. Raises ConfigError that names the entry for what cannot be used."""
+def read_faults(path: str, workers: Sequence[str], stores: Sequence[str] = ()) -> list[Fault]:
+    """In order of time. `workers`, `stores`: the names there are; spot traces take workers alone. Raises ConfigError that names
+    the entry for what cannot be used."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -61,7 +63,9 @@ def read_faults(path: str, workers: Sequence[str]) -> list[Fault]:
         raise ConfigError(f"{path} holds no faults: {error}") from None
     if not isinstance(tree, list):
         raise ConfigError(f"{path} must hold a list of faults, each with at_s and kind")
-    return sorted((_fault(path, number, each, workers) for number, each in enumerate(tree)), key=lambda fault: fault.at_s)
+    return sorted(
+        (_fault(path, number, each, [*workers, *stores]) for number, each in enumerate(tree)), key=lambda fault: fault.at_s
+    )
 
 
 def _fault(path: str, number: int, tree: Any, workers: Sequence[str]) -> Fault:
@@ -80,7 +84,7 @@ def _fault(path: str, number: int, tree: Any, workers: Sequence[str]) -> Fault:
         raise ConfigError(f"{where}: kind {fault.kind!r} is not known; choose one of {', '.join(KINDS)}")
     if fault.kind in TARGETED and fault.target not in workers:
         known = ", ".join(workers[:8]) + (" ..." if len(workers) > 8 else "")
-        raise ConfigError(f"{where}: target {fault.target!r} is no worker of this cluster; there are {known}")
+        raise ConfigError(f"{where}: target {fault.target!r} is no worker or store of this cluster; there are {known}")
     if fault.kind == "slow" and fault.share <= 0:
         raise ConfigError(f"{where}: share must be above 0; a link that passes nothing is a partition")
     if fault.kind == "lose_reports" and fault.share > 1:
@@ -111,12 +115,12 @@ def _spot(path: str, text: str, workers: Sequence[str]) -> list[Fault]:
     return faults
 
 
-def drawn_faults(draw: random.Random, workers: Sequence[str], duration_s: float, most: int) -> list[Fault]:
-    """Up to so many, of every kind but those of spot traces."""
+def drawn_faults(draw: random.Random, nodes: Sequence[str], duration_s: float, most: int, directory: bool) -> list[Fault]:
+    """Up to so many, of every kind but those of spot traces; with a `directory` that can be lost."""
     faults = []
     for _ in range(draw.randint(0, most)):
-        kind = draw.choice(("kill", "kill", "notice", "partition", "slow", "lose_reports"))
+        kind = draw.choice(("kill", "kill", "notice", "partition", "slow", "lose_reports", *["lose_directory"] * directory))
         lasts_s = draw.choice((0.2, 2.0, 8.0, 20.0)) * draw.uniform(0.5, 1.5)
-        target = "" if kind == "lose_reports" else draw.choice(workers)
+        target = draw.choice(nodes) if kind in TARGETED else ""
         faults.append(Fault(draw.uniform(0, duration_s), kind, target, lasts_s, draw.choice((0.02, 0.3, 0.9))))
     return sorted(faults, key=lambda fault: fault.at_s)

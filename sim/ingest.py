@@ -66,7 +66,7 @@ class SimIngests:
     def reserve(self, item: WorkItem) -> None:
         """Answered at once, yes or no: the rules of `decode_worker.service` and `decode_worker.ingest`."""
         worker, key, size = self._worker, item.key, self._size
-        if len(worker.engine) + len(self) >= worker.config.max_running:
+        if len(worker.engine) + len(self) + worker.entering >= worker.config.max_running:
             self._refuse(key, f"{worker.config.max_running} requests run here already")
             return
         inventory, now = worker.inventory, worker.site.events.now()

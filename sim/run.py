@@ -132,6 +132,7 @@ def _report(world: World, policy: str, seed: int) -> dict[str, Any]:
         "cost_usd": per_hour * duration_s / HOUR_S,
         "prefix_hit_ratio": users.cached_tokens / users.prompt_tokens if users.prompt_tokens else 0.0,
         "failovers": users.failovers,
+        **({"kv_plane": world.site.plane.summary()} if world.site.plane is not None else {}),
         "policy": policy,
         "seed": seed,
     }

@@ -12,6 +12,7 @@ from sim.post import Post
 from sim.prompt import Content
 
 if TYPE_CHECKING:
+    from sim.plane import SimPlane
     from sim.worker import SimWorker
 
 
@@ -28,6 +29,8 @@ class Site:
     """KV of the smallest worker that holds whole requests."""
     workers: dict[str, SimWorker] = field(default_factory=dict)
     """The latest incarnation of each."""
+    plane: SimPlane | None = None
+    """None: workers know at once what others have, and there are no stores."""
 
     def find(self, worker: str, epoch: int) -> SimWorker | None:
         """None: it is gone."""

@@ -53,7 +53,14 @@ def story_of(seed: int) -> Story:
     if not pools or draw.random() < 0.3:
         pools += [{"role": role, "count": draw.randint(1, 3)} for role in ("prefill", "decode")]
     workers = [f"{pool['role']}-{n}" for pool in pools for n in range(int(str(pool["count"])))]
+    directory, number_of_stores = draw.random() < 0.5, draw.choice((0, 1, 2))
     tree = {
+        "store": {
+            "nodes": number_of_stores,
+            "dram_bytes": 2**20,
+            "directory_ttl_s": draw.choice((2.0, 20.0)),
+            "fetch_always": draw.random() < 0.5,
+        },
         "engine": {
             "block_size": draw.choice((4, 16)),
             "kv_bytes": draw.choice((1, 1, 4)) * 2**19,
@@ -73,6 +80,7 @@ def story_of(seed: int) -> Story:
         "sim": {
             "pools": pools,
             "engine": draw.choice(("exact", "counted")),
+            "directory": directory,
             "routers": draw.choice((1, 1, 2)),
             "start_s": draw.choice((0.5, 5.0)),
             "report_delay_s": draw.choice((0.0, 0.0, 2.0)),
@@ -81,7 +89,8 @@ def story_of(seed: int) -> Story:
         },
     }
     arrivals = tuple(sorted((_arrival(draw) for _ in range(draw.randint(5, 40))), key=lambda each: each.arrival_s))
-    faults = tuple(drawn_faults(draw, workers, SPAN_S, 6))
+    stores = [f"store-{number}" for number in range(number_of_stores if directory else 0)]
+    faults = tuple(drawn_faults(draw, [*workers, *stores], SPAN_S, 6, directory))
     return Story(seed, tree, draw.choice(sorted(POLICIES)), arrivals, faults)
 
 

@@ -19,15 +19,20 @@ from core.report import ModelFacts, WorkerReport, WorkerState
 from core.request import AttemptKey, WorkerRole, WorkItem
 from engine.output import Committed, EngineLoad, StepOutput
 from engine.role import Terms
+from kvtransfer.directory import NodeRecord
 from router import events as ev
 from sim.counted import CountedLoop
 from sim.events import Event
 from sim.executor import CostExecutor, ExactLoop
 from sim.exports import SimExports
 from sim.feeds import SimFeeds
+from sim.fetches import SimFetches
 from sim.ingest import SimIngests
+from sim.plane import WorkerShare
+from sim.plane_fetches import PlaneFetches
 from sim.replica import Replica
 from sim.site import Site
+from sim.stores import plane_layout
 from sim.talk import Talk
 from worker.attempts import AttemptTable, Peer, Refused
 
@@ -51,7 +56,7 @@ class SimWorker:
         self.inventory = Inventory(replica.num_blocks, policy=engine.eviction, tenant_share=engine.tenant_share, clock=None)
         self.table = AttemptTable()
         self.talk = Talk(self, HORIZON_S if site.config.sim.engine == "counted" else 0.0)
-        self.source = KvSource(name, epoch, name)
+        self.source = KvSource(name, epoch, name, name)
         self._root = root_key(replica.layout.fingerprint)
         self.engine = self._make_engine()
         self.exports = SimExports(self)
@@ -63,7 +68,8 @@ class SimWorker:
         self.changed = True
         """Something may have changed that a report would say."""
         self.feeds = SimFeeds(self)
-        self.on_blocks = self.feeds.poke
+        self.plane = WorkerShare(self, site.plane) if site.plane is not None else None
+        self._entering: set[AttemptKey] = set()  # to be computed and decoded here, once what others have of them has come
 
     def _make_engine(self) -> CountedLoop | ExactLoop:
         site, replica, config = self.site, self.replica, self.config
@@ -114,8 +120,34 @@ class SimWorker:
         elif isinstance(command, ev.SendStartPrefill):
             self.exports.open(item)
         else:
-            self.call(lambda at: self.submit(item, at, STAYS))
+            self._entering.add(item.key)
+            self.fetches.admit(item, lambda: self.call(lambda at: self._enter(item, at)))
         self._tick_later()
+
+    def _enter(self, item: WorkItem, now: float) -> None:
+        if item.key in self._entering:  # else it was cancelled meanwhile
+            self._entering.remove(item.key)
+            self.submit(item, now, STAYS)
+
+    @property
+    def fetches(self) -> SimFetches | PlaneFetches:
+        """How it comes by what others have of a prompt."""
+        return self.exports.fetches if self.plane is None else self.plane.fetches
+
+    @property
+    def entering(self) -> int:
+        """Prompts that wait for blocks from elsewhere before they are computed and decoded here."""
+        return len(self._entering)
+
+    def on_blocks(self) -> None:
+        """Blocks may have come or gone."""
+        self.feeds.poke()
+        if self.plane is not None:
+            self.plane.announcer.poke()
+
+    def node_record(self) -> NodeRecord:
+        """What the directory knows of it."""
+        return NodeRecord(self.source, plane_layout(self.replica.layout), self.role)
 
     # ---- the engine ------------------------------------------------------------------------------------------------
 
@@ -145,6 +177,7 @@ class SimWorker:
     def stop(self, key: AttemptKey) -> None:
         """Frees what an attempt holds. Idempotent."""
         self.talk.let_go(key)
+        self._entering.discard(key)
         self.ingests.drop(key)
         self.exports.revoke(key, "the attempt was cancelled")
         self.call(lambda _: self.engine.cancel(key))
@@ -251,6 +284,8 @@ class SimWorker:
         self.alive = False
         self.state = WorkerState.DEAD
         self.ingests.close()
+        if self.plane is not None:
+            self.plane.fetches.close()
 
     # ---- what it says of itself ------------------------------------------------------------------------------------
 
@@ -266,7 +301,7 @@ class SimWorker:
             blocks=self.inventory.counts(),
             leases_open=self.inventory.leases_open(),
             running=load.running,
-            waiting=load.waiting + len(self.ingests),
+            waiting=load.waiting + len(self.ingests) + len(self._entering),
             waiting_tokens=load.waiting_tokens,
             context_tokens=load.context_tokens,
             step_cost=Fit(cost, 1, 0.0, 0.0),
@@ -286,11 +321,12 @@ class SimWorker:
 
     def holders(self) -> set[AttemptKey]:
         """Attempts that something is kept of."""
-        return {*self.engine.holding(), *self.exports.keys(), *self.ingests.keys()}
+        return {*self.engine.holding(), *self.exports.keys(), *self.ingests.keys(), *self._entering}
 
     def held_blocks(self) -> list[list[int]]:
         """References outside leases, a list per holder."""
-        return [*self.engine.holding().values(), *self.ingests.held_blocks(), *self.exports.fetches.held_blocks()]
+        fetches = self.exports.fetches if self.plane is None else self.plane
+        return [*self.engine.holding().values(), *self.ingests.held_blocks(), *fetches.held_blocks()]
 
     def check(self) -> None:
         """Asserts that its tables agree."""

@@ -11,6 +11,7 @@ from core.request import WorkerRole
 from sim.cluster import CONTROLLER, Pools, SimController, pools_of
 from sim.events import Events
 from sim.network import Network
+from sim.plane import SimPlane
 from sim.post import Post
 from sim.prompt import Content
 from sim.requests import Request, Users
@@ -39,6 +40,8 @@ class World:
         self.site = Site(config, self.events, self.post, network)
         check_pools(config)
         self.pools = Pools(config, model)
+        if config.sim.directory:
+            self.site.plane = SimPlane(self.site, self.pools.all()[0][1].layout)
         self.site.capacity_tokens = min(
             replica.num_blocks * config.engine.block_size for pool, replica in self.pools.all() if pool.role != "prefill"
         )

@@ -16,7 +16,8 @@ from core.request import WorkerRole
 from kvtransfer import offerer as offerer_module
 from kvtransfer.channels import Channels
 from kvtransfer.directory import NodeRecord
-from kvtransfer.offerer import Offerer, choose_store
+from kvtransfer.offerer import Offerer
+from kvtransfer.store_choice import choose_store
 
 KEYS = keys_of("a", 40)
 

@@ -137,7 +137,7 @@ def test_a_worker_without_room_for_two_blocks_says_by_how_much():
         ("{}", "list of faults"),
         ("- {kind: kill, target: decode-0}", "fault 1: needs at_s and kind"),
         ("- {at_s: 1, kind: flood}", "'flood' is not known"),
-        ("- {at_s: 1, kind: kill, target: decode-9}", "no worker of this cluster"),
+        ("- {at_s: 1, kind: kill, target: decode-9}", "no worker or store of this cluster"),
         ("- {at_s: -1, kind: kill, target: decode-0}", "at_s must be a number"),
         ("- {at_s: 1, kind: slow, target: decode-0, share: 0}", "share must be above 0"),
         ("- {at_s: 1, kind: kill, target: decode-0, colour: red}", "colour"),
