@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,9 @@ T = TypeVar("T")
 _Index = slice | npt.NDArray[np.intp]
 
 INLINE_BYTES_MAX = 2 * 2**20  # copied on the spot: half a millisecond, and a thread is heard of later than that
+SHARE_BYTES_MIN = (
+    4 * 2**20
+)  # of one thread: one core does not use up what the memory can do, and less than this is done by then
 DIGEST_SPAN_BYTES = 2**20  # copied, then digested while still in the core's cache
 PLAIN_SPAN_BYTES = 16 * 2**20  # so long that memcpy goes around the cache, so short that a stop is heard within milliseconds
 
@@ -69,6 +72,14 @@ class CopyJob:
             raise
         self._check_generations(*words)
 
+    def parts(self, count: int) -> list[CopyJob]:
+        """The same work in so many jobs of about the same size, at most one per block."""
+        size = max(1, -(-len(self.records) // count))
+        return [
+            replace(self, records=self.records[first : first + size], dest_blocks=self.dest_blocks[first : first + size])
+            for first in range(0, len(self.records), size)
+        ]
+
     @property
     def _span_blocks(self) -> int:
         span_bytes = DIGEST_SPAN_BYTES if self.digest else PLAIN_SPAN_BYTES
@@ -94,6 +105,7 @@ class Copier:
         self._dest = dest
         self._digest = digest
         self._timeout_s = timeout_s
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kv-copy")
 
     async def copy(self, source: Memory, records: Sequence[BlockRecord], dest_blocks: Sequence[int]) -> PullResult:
@@ -108,30 +120,47 @@ class Copier:
         if size <= INLINE_BYTES_MAX:
             job.run(lambda: False)
         else:
-            await self.in_thread(job.run)
+            shares = min(self._threads, max(1, size // SHARE_BYTES_MIN))
+            await self._in_threads([part.run for part in job.parts(shares)])
         return PullResult(size, time.perf_counter() - started)
 
     async def in_thread(self, work: Callable[[Callable[[], bool]], T]) -> T:
         """Runs `work(stop)` in the pool. `stop()` turns true when nobody waits for it any more; `work` then ends soon."""
+        [result] = await self._in_threads([work])
+        return result
+
+    async def _in_threads(self, works: Sequence[Callable[[Callable[[], bool]], T]]) -> list[T]:
+        """All at once. When one of them fails the others are told to stop; returns or raises when none runs any more."""
         stop = threading.Event()
         try:
-            future = self._pool.submit(work, stop.is_set)
+            futures = [self._pool.submit(work, stop.is_set) for work in works]
         except RuntimeError:
             raise TransferError("the transport is closed") from None
-        waiting = asyncio.wrap_future(future)
+        waiting = [asyncio.wrap_future(future) for future in futures]
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await asyncio.shield(waiting)
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
         except TimeoutError:
             raise TransferError(f"the copy did not end within {self._timeout_s:g} s; raise transfer.pull_timeout_s") from None
         finally:
             stop.set()
-            future.cancel()  # when no thread has begun with it
-            await settled(waiting)
+            for future in futures:
+                future.cancel()  # when no thread has begun with it
+            await settled(*waiting)
+        errors = [error for one in waiting if not one.cancelled() and (error := one.exception()) is not None]
+        if errors:
+            raise _worst(errors)
+        return [one.result() for one in waiting]
 
     def close(self) -> None:
         """Refuses new copies; those under way end by themselves within a span."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _worst(errors: Sequence[BaseException]) -> BaseException:
+    """Of several parts: all blocks that were found gone; else what was said first."""
+    gone = [index for error in errors if isinstance(error, BlocksGoneError) for index in error.indices]
+    return BlocksGoneError(gone) if gone else errors[0]
 
 
 async def settled(*waiting: asyncio.Future[T]) -> None:

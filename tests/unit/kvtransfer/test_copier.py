@@ -7,6 +7,8 @@ import threading
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.blocks import BlockRecord
 from core.errors import DigestMismatchError, TransferError
@@ -140,3 +142,47 @@ async def test_a_closed_copier_refuses_large_copies(arena):
     count = INLINE_BYTES_MAX // arena.block_bytes + 1
     with pytest.raises(TransferError, match="closed"):
         await c.copy(Memory(arena.bytes_view(), arena.generations), offer(arena, list(range(count))), list(range(count)))
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.setattr("kvtransfer.copier.SHARE_BYTES_MIN", 2**20)
+
+
+async def test_a_large_copy_by_two_threads_is_whole(arena, two_threads):
+    c = copier(arena)
+    await c.copy(Memory(arena.bytes_view(), arena.generations), offer(arena, [6, 1, 2, 3, 0]), [0, 5, 6, 7, 2])
+    assert (c._dest[[0, 5, 6, 7, 2]] == arena.bytes_view()[[6, 1, 2, 3, 0]]).all()
+    assert not c._dest[[1, 3, 4]].any()
+    c.close()
+
+
+async def test_blocks_that_both_threads_miss_are_all_named(arena, two_threads):
+    c = copier(arena)
+    records = offer(arena, list(range(8)))
+    arena.generations[[1, 6]] += np.uint64(1)
+    with pytest.raises(BlocksGoneError) as caught:
+        await c.copy(Memory(arena.bytes_view(), arena.generations), records, list(range(8)))
+    assert set(caught.value.indices) <= {1, 6}
+    assert caught.value.indices
+    c.close()
+
+
+async def test_one_broken_block_of_a_large_copy_is_told(arena, two_threads):
+    c = copier(arena)
+    records = offer(arena, list(range(8)))
+    arena.bytes_view()[7, 9] ^= 1
+    with pytest.raises(DigestMismatchError, match="block 7 "):
+        await c.copy(Memory(arena.bytes_view(), arena.generations), records, list(range(8)))
+    c.close()
+
+
+@given(st.integers(1, 40), st.integers(1, 5))
+def test_parts_of_a_job_are_the_job(count, parts):
+    records = [BlockRecord(n, b"", n, 0, 0, 1) for n in range(count)]
+    memory = Memory(np.zeros((count, 4), np.uint8), np.zeros(count, np.uint64))
+    found = CopyJob(memory, np.zeros((count, 4), np.uint8), records, range(count), False).parts(parts)
+    assert [r for one in found for r in one.records] == records
+    assert [b for one in found for b in one.dest_blocks] == list(range(count))
+    assert len(found) <= parts
+    assert all(one.records for one in found)
