@@ -99,10 +99,10 @@ async def measure(quick: bool) -> list[Row]:
     with ExitStack() as servers:
         peer = theirs(servers, True)
         if not peer.gone:
-            mine = ours(servers, True)
             try:
                 for server in peer.servers:
                     await asyncio.to_thread(server.wait)
+                mine = ours(servers, True)
                 return rows(await in_turns(peer, mine, rounds), rounds)
             except (RuntimeError, httpx.HTTPError, TimeoutError) as error:
                 peer.gone = f"{type(error).__name__}: {error}"

@@ -1,7 +1,9 @@
 """When a pool wants one worker more or less, and which: scaling and flips while a cluster serves. Deciding code.
 
-Each worker's report says how much of it is in use. A pool's load, in workers, is forecast over the time that a new worker takes
-to start, with head-room; it wants so many workers that each is busy to `TARGET`. Damped three times: growth must be wanted
+A pool wants the larger of two numbers. One is planned for the requests that are expected, by rate and lengths (`demand`): it
+knows the limits, and what comes before it has come. The other is what the workers' reports say: a pool's load, in workers, is
+forecast over the time that a new worker takes to start, with head-room, and each is to be busy to `TARGET`; it knows what
+closed forms leave out. Damped three times: growth must be wanted
 for `GROW_HOLD_S`, shrinking for `quiet_s`, and after a change nothing more happens to the pool until that one is done. Where
 one pool has a worker too many and the other one too few, that worker changes its role instead. Who leaves is drained: it takes
 no new work, and stays until its requests are done and nobody reads blocks of it any more.
@@ -13,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.demand import DemandPlanner
 from cluster.forecast import Forecast
 from core.report import WorkerReport, WorkerState
 from core.request import WorkerRole
@@ -75,8 +78,9 @@ def in_use(report: WorkerReport, role: WorkerRole) -> float:
 class Autoscaler:
     """Asked a few times per second with every report there is."""
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, planner: DemandPlanner | None = None) -> None:
         self._bounds = bounds
+        self._planner = planner
         self._forecasts = {role: Forecast() for role in bounds.least}
         self._over: dict[WorkerRole, float] = {}  # since when a pool is too large
         self._under: dict[WorkerRole, float] = {}  # … or too small
@@ -87,7 +91,8 @@ class Autoscaler:
         ready = {
             role: [one for one in reports if one.role is role and one.state is WorkerState.READY] for role in self._forecasts
         }
-        wanted = {role: self._wanted(role, ready[role], desired.get(role, 0), now) for role in self._forecasts}
+        planned = self._planner.planned(reports, desired, self._bounds.start_s, now) if self._planner is not None else {}
+        wanted = {role: self._wanted(role, ready[role], planned.get(role, 0), now) for role in self._forecasts}
         self._note(wanted, desired, now)
         flip = self._flip(ready, desired, now)
         if flip is not None:
@@ -101,7 +106,8 @@ class Autoscaler:
             load = self._forecasts[role].level
             grows = self._for(self._under, role, now) >= GROW_HOLD_S and not self._gets_one(role, desired)
             if grows and count < self._bounds.most:
-                changes.append(Grow(role, f"{count} {role.value} workers carry {load:.1f}, {wanted[role]} are wanted"))
+                said = f"; {self._planner.said}" if self._planner is not None and self._planner.said else ""
+                changes.append(Grow(role, f"{count} {role.value} workers carry {load:.1f}, {wanted[role]} are wanted{said}"))
                 self._under.pop(role, None)
             elif self._for(self._over, role, now) >= self._bounds.quiet_s and count > self._bounds.least[role]:
                 victim = _idlest(workers)
@@ -109,10 +115,10 @@ class Autoscaler:
                 self._over.pop(role, None)
         return changes
 
-    def _wanted(self, role: WorkerRole, workers: Sequence[WorkerReport], count: int, now: float) -> int:
+    def _wanted(self, role: WorkerRole, workers: Sequence[WorkerReport], planned: int, now: float) -> int:
         self._forecasts[role].observe(sum(in_use(one, role) for one in workers), now)
         expected = self._forecasts[role].upper(self._bounds.start_s)
-        return min(max(self._bounds.least[role], math.ceil(expected / TARGET - 0.05)), self._bounds.most)
+        return min(max(self._bounds.least[role], planned, math.ceil(expected / TARGET - 0.05)), self._bounds.most)
 
     def _note(self, wanted: Mapping[WorkerRole, int], desired: Mapping[WorkerRole, int], now: float) -> None:
         """Since when each pool is too small, or too large."""

@@ -14,7 +14,7 @@ from cluster.launcher import Handle, Launcher
 from cluster.membership import Membership
 from cluster.reconcile import Command, Forget, GiveUp, Launch, Reconciler, RestartPolicy, Stop
 from cluster.report import ClusterSnapshot
-from cluster.scaling import RETIRE_S, Scaling
+from cluster.scaling import Scaling
 from core.clock import Clock, SystemClock
 from core.config import ClusterConfig, Config
 from core.errors import ConfigError, NotFoundError
@@ -92,7 +92,7 @@ class Controller:
         self._membership = Membership(suspect_after_s(cluster), cluster.dead_after_s)
         policy = RestartPolicy(start_timeout_s=cluster.start_timeout_s, grace_s=cluster.grace_s)
         self._reconciler = Reconciler(desired, policy)
-        self._scaling = Scaling(config.cluster, desired) if cluster.autoscale == "auto" else None
+        self._scaling = Scaling(config, desired) if cluster.autoscale == "auto" else None
         self._lives: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._handles: dict[tuple[str, int], Handle] = {}
         self._stops: set[asyncio.Task[None]] = set()
@@ -200,7 +200,7 @@ class Controller:
             if isinstance(change, Retire):
                 report = self.snapshot().find(change.worker_id)
                 assert report is not None, "it was chosen among the reports"
-                self._drains[change.worker_id, report.epoch] = now + RETIRE_S
+                self._drains[change.worker_id, report.epoch] = now + scaling.retire_s
                 self._membership.mark_draining(change.worker_id)
             log.info("%s", change)
 

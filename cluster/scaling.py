@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from cluster.autoscale import Autoscaler, Bounds, Change, Flip, Grow, Retire
+from cluster.demand import DemandPlanner, Terms
 from cluster.launcher import Launcher
 from cluster.reconcile import POOL_ROLES, Reconciler
-from core.config import ClusterConfig
+from core.config import Config
 from core.report import WorkerReport
-from core.request import WorkerRole
+from core.request import Slo, WorkerRole
 
 log = logging.getLogger(__name__)
 
-RETIRE_S = 600.0
-"""Until a worker that was retired is ended whatever it still does."""
+MARGIN_S = 5.0
+ASSUMED_TTFT_S, ASSUMED_TBT_S = 5.0, 0.25
+"""Of a default class without limits."""
 START_S = 15.0
 """How far ahead load is looked at, until workers have been seen to start."""
 
@@ -34,9 +36,12 @@ class ProvidesMachines(Protocol):
 class Scaling:
     """One per controller, on its loop."""
 
-    def __init__(self, config: ClusterConfig, least: Mapping[WorkerRole, int]) -> None:
+    def __init__(self, config: Config, least: Mapping[WorkerRole, int]) -> None:
         roles = {role: count for role, count in least.items() if role in POOL_ROLES and count}
-        self._scaler = Autoscaler(Bounds(roles, config.autoscale_max, config.autoscale_quiet_s, START_S))
+        cluster = config.cluster
+        self.retire_s = retire_s(config)
+        bounds = Bounds(roles, cluster.autoscale_max, cluster.autoscale_quiet_s, START_S)
+        self._scaler = Autoscaler(bounds, DemandPlanner(terms_of(config)))
         self._asking: asyncio.Task[None] | None = None
 
     def decide(self, reports: Sequence[WorkerReport], reconciler: Reconciler, launcher: Launcher, now: float) -> list[Change]:
@@ -48,7 +53,7 @@ class Scaling:
                     reconciler.grow(role)
                     done.append(change)
                 case Retire(worker_id):
-                    if reconciler.retire(worker_id, now + RETIRE_S):
+                    if reconciler.retire(worker_id, now + self.retire_s):
                         done.append(change)
                 case Flip(worker_id, role):
                     if refusal := reconciler.set_role(worker_id, role):
@@ -58,3 +63,17 @@ class Scaling:
         if done and isinstance(launcher, ProvidesMachines):
             self._asking = asyncio.create_task(launcher.want(dict(reconciler.desired)), name="ask for machines")
         return done
+
+
+def retire_s(config: Config) -> float:
+    """Until a worker that was retired is ended whatever it still holds. A request that it has begins no later than its
+    retirement and lasts no longer than `router.request_timeout_s`; what it exports then is kept for a lease beyond that. So
+    nothing that anybody still wants is dropped, unless worker and routers disagree about the time."""
+    return config.router.request_timeout_s + config.transfer.lease_s + config.router.session_lease_s + MARGIN_S
+
+
+def terms_of(config: Config) -> Terms:
+    """Pools are planned for the limits of the class that requests without one have."""
+    limits = config.router.classes[config.router.default_class]
+    slo = Slo(ttft_s=limits.ttft_s or ASSUMED_TTFT_S, tbt_s=limits.tbt_s or ASSUMED_TBT_S)
+    return Terms(slo, config.engine.max_step_tokens, config.cluster.autoscale_max)

@@ -219,7 +219,9 @@ class ClusterConfig(_Branch):
     autoscale_max: int = Field(8, ge=1)
     """Workers of one pool, at most."""
     autoscale_quiet_s: float = Field(60.0, gt=0)
-    """How long fewer workers must have been enough before one is drained."""
+    """How long fewer workers must have been enough before one is drained. It ends when its requests are done and nobody reads
+    its blocks any more; whatever happens, `router.request_timeout_s` and a lease of `transfer.lease_s` later, when nothing of
+    what it had can be wanted any more."""
     admin: str = "127.0.0.1:0"
     grace_s: float = Field(10.0, ge=0)
     heartbeat_s: float = Field(2.0, gt=0)

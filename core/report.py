@@ -36,6 +36,21 @@ class RoleProposal(NamedTuple):
     reason: str
 
 
+class Demand(NamedTuple):
+    """What one router was asked for since it started; every number only grows. Lengths are of requests that were answered."""
+
+    requests: int = 0
+    """That came, whatever became of them."""
+    answered: int = 0
+    prompt_tokens: int = 0
+    prompt_squares: float = 0.0
+    """Sum of squared lengths."""
+    cached_tokens: int = 0
+    """Of the prompt tokens: not computed, because their KV was there."""
+    answer_tokens: int = 0
+    answer_squares: float = 0.0
+
+
 NO_BLOCKS = BlockCounts(0, 0, 0, 0)
 
 
@@ -67,6 +82,8 @@ class WorkerReport:
     layout: KvLayout | None = None
     model: ModelFacts | None = None
     proposal: RoleProposal | None = None
+    """Of routers."""
+    demand: Demand | None = None
     """Of routers."""
     peer_address: str = ""
     """Of routers that share their `grpc_address`: where this one alone answers."""

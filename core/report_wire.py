@@ -5,7 +5,7 @@ from __future__ import annotations
 from core import wire
 from core.errors import InvalidRequestError
 from core.inventory import BlockCounts
-from core.report import ModelFacts, RoleProposal, WorkerReport, WorkerState
+from core.report import Demand, ModelFacts, RoleProposal, WorkerReport, WorkerState
 from tandem.v1 import cluster_pb2 as pb
 
 _STATE = {
@@ -41,6 +41,7 @@ def report_to_pb(report: WorkerReport) -> pb.WorkerReport:
         layout=wire.layout_to_pb(report.layout) if report.layout else None,
         model=pb.ModelInfo(**report.model._asdict()) if report.model else None,
         proposal=_proposal_to_pb(report.proposal) if report.proposal else None,
+        demand=pb.Demand(**report.demand._asdict()) if report.demand else None,
         progress=report.progress,
         detail=report.detail,
     )
@@ -75,8 +76,21 @@ def report_from_pb(message: pb.WorkerReport) -> WorkerReport:
         layout=wire.layout_from_pb(message.layout) if message.HasField("layout") else None,
         model=ModelFacts(model.name, model.max_model_len, model.vocab_size, model.path) if message.HasField("model") else None,
         proposal=_proposal_from_pb(message.proposal) if message.HasField("proposal") else None,
+        demand=_demand_from_pb(message.demand) if message.HasField("demand") else None,
         progress=message.progress,
         detail=message.detail,
+    )
+
+
+def _demand_from_pb(message: pb.Demand) -> Demand:
+    return Demand(
+        message.requests,
+        message.answered,
+        message.prompt_tokens,
+        message.prompt_squares,
+        message.cached_tokens,
+        message.answer_tokens,
+        message.answer_squares,
     )
 
 

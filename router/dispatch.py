@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 from core.clock import Clock
 from core.errors import InternalError, OverloadedError, SloUnattainableError
+from core.request import TokenEvent
 from router import events as ev
 from router.alarms import Alarms
 from router.attempt import JourneySpec, Limits
@@ -133,11 +134,20 @@ class Dispatcher:
         self.on_change()
 
     def heard(self, worker: str, events: Iterable[Addressed]) -> None:
-        now = self._clock.now()
+        now, lives = self._clock.now(), self._live
+        served: dict[str, int] = {}  # by tenant: charged once for a step's tokens, not for each
         for request_id, event in events:
-            live = self._live.get(request_id)
-            if live is not None:
+            live = lives.get(request_id)
+            if live is None:
+                continue
+            if type(event) is ev.Tokens and not live.driving and live.journey.run_on(now, event):
+                tenant = live.journey.spec.tenant
+                served[tenant] = served.get(tenant, 0) + len(event.tokens)
+                self._deliver(live, event.tokens, now)
+            else:
                 self._drive(live, event, now)
+        for tenant, tokens in served.items():
+            self.room.generated(tenant, tokens, now)
 
     def close(self) -> None:
         """Ends every journey; their workers are told."""
@@ -169,6 +179,14 @@ class Dispatcher:
         if journey.claim is not live.claim:
             self._move_claim(live, event)
         self._set_alarm(live)
+
+    def _deliver(self, live: Live, tokens: tuple[TokenEvent, ...], now: float) -> None:
+        """Of a journey that goes on. Its sink may end it."""
+        try:
+            live.sink.deliver(tokens)
+        except Exception:
+            log.exception("request %s: a mistake of ours on its tokens", live.journey.spec.request_id)
+            self._abandon(live, now)
 
     def _abandon(self, live: Live, now: float) -> None:
         """Ends one journey after a mistake, so that it harms no other: its workers are told, its user gets an error."""

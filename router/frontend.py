@@ -19,6 +19,7 @@ from router.metrics import RouterStats
 from router.modelcard import ModelKnowledge
 from router.run import Run, RunSpec
 from router.slo import TermsOf
+from router.turns import Turns
 
 
 class Frontend:
@@ -47,6 +48,7 @@ class Frontend:
         self._runs: dict[str, Run | None] = {}  # None: being admitted
         self._cancelled_early: set[str] = set()  # while they were being admitted
         self._used = UsedIds()
+        self._turns = Turns()
         self._closing = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -142,6 +144,7 @@ class Frontend:
         card = self.model()
         check_sampling(request.sampling, card)
         terms = self._terms_of(request)
+        self._stats.came()
         self._dispatcher.check_room(terms)
         ids = await prompt_ids(request, self.text, card)
         sampling = resolve(request.sampling, len(ids), card, request_id)
@@ -153,4 +156,4 @@ class Frontend:
 
         shown = "" if not request.echo else request.prompt if isinstance(request.prompt, str) else self.text.decode(ids)
         run_spec = RunSpec(request_id, spec, shown, self._slow_client_s, arrived_at)
-        return Run(run_spec, self._dispatcher, self._stats, self._clock, text_of)
+        return Run(run_spec, self._dispatcher, self._stats, self._clock, text_of, self._turns)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from core.request import FinishReason, Slo
 from tandem.sampling import SamplingParams
@@ -59,9 +59,11 @@ class Started:
     prompt_text: str  # empty unless echo was asked
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """`text` holds whole UTF-8 characters only and may be empty (held back for a character or a stop string)."""
+class Token(NamedTuple):
+    """`text` holds whole UTF-8 characters only and may be empty (held back for a character or a stop string).
+
+    A tuple, because one is made per token.
+    """
 
     choice: int
     position: int

@@ -8,14 +8,12 @@ stream is sent as an event of that shape. A client that goes away cancels its re
 
 from __future__ import annotations
 
-import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -29,18 +27,15 @@ from core.errors import NotFoundError, TandemError, UnavailableError
 from router import explain
 from router.frontend_types import FrontDoor, ModelCard, Started
 from router.http_body import read_body, while_connected
-from router.http_errors import body_of, not_served, raised, response_of
+from router.http_errors import not_served, raised, response_of
+from router.http_events import EventWriter, SlowClientError
 from router.http_merge import Numbered, merged
 from router.openai_headers import with_headers
 from router.openai_replies import Json, Reply
 from router.openai_types import ApiCall, read_chat, read_completion
-
-WRITE_TIMEOUT_S = 60.0
-"""A client that takes nothing for this long has its connection closed; its request is cancelled sooner (slow_client_s)."""
+from router.sse import EventStream
 
 _Why = Callable[[], str | None]
-
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class TokenNames(Protocol):
@@ -203,72 +198,16 @@ class _Answer:
 
     async def stream(self, send: Send) -> None:
         """Server-sent events. The status is decided by what comes first: the request's acceptance, or its error."""
-        events = _Events(send, self._request_id, self._why)
-        try:
-            async with aclosing(self._parts) as parts:
-                async for prompt, part in parts:
-                    if isinstance(part, Started):
-                        await events.open()
-                    await events.send(self._reply.chunks(prompt, part))
-            await events.send(self._reply.closing_chunks())
-            await events.close(b"data: [DONE]\n\n")
-        except _SlowClientError:
-            return  # without an end: the server closes the connection
-        except Exception as error:
-            await events.fail(error)
-
-
-class _SlowClientError(Exception):
-    """Nothing more can be written."""
-
-
-class _Events:
-    """A stream of server-sent events on one response. Each call is one write, flushed at once."""
-
-    def __init__(self, send: Send, request_id: str, why: _Why) -> None:
-        self._send = send
-        self._request_id = request_id
-        self._why = why
-        self._opened = False
-
-    async def open(self) -> None:
-        if self._opened:
-            return
-        self._opened = True
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),  # a proxy must not collect tokens
-            (b"x-request-id", self._request_id.encode()),
-        ]
-        if (why := self._why()) is not None:
-            headers.append((explain.HEADER.encode(), why.encode()))
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def send(self, chunks: list[Json]) -> None:
-        if chunks:
-            await self._write(b"".join(map(_event, chunks)), more=True)
-
-    async def close(self, last: bytes) -> None:
-        await self._write(last, more=False)
-
-    async def fail(self, error: Exception) -> None:
-        """As a plain response while that is possible; afterwards as an event, and without the `[DONE]` of a whole answer."""
-        if self._opened:
-            await self.close(_event(body_of(error)))
-        else:
-            response = response_of(error, self._request_id)
-            start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
-            await self._send(start)
-            await self._write(bytes(response.body), more=False)
-
-    async def _write(self, body: bytes, *, more: bool) -> None:
-        try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            raise _SlowClientError from None
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + _encode(value).encode() + b"\n\n"
+        stream = EventStream(self._reply)
+        with EventWriter(send, self._request_id, self._why) as events:
+            try:
+                async with aclosing(self._parts) as parts:
+                    async for prompt, part in parts:
+                        if isinstance(part, Started):
+                            await events.open()
+                        await events.send(stream.events(prompt, part))
+                await events.close(stream.closing())
+            except SlowClientError:
+                return  # without an end: the server closes the connection
+            except Exception as error:
+                await events.fail(error)

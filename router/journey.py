@@ -93,6 +93,17 @@ class Journey:
             self._HANDLERS[type(event)](self, now, event, out)
         return out
 
+    def run_on(self, now: float, event: ev.Tokens) -> bool:
+        """Takes tokens that change nothing but the log: the next ones of an attempt that has its first and goes on. They are
+        to be delivered then. False: nothing was taken, the event is for `handle`."""
+        attempt = self._attempt
+        if attempt is None or attempt.key.attempt != event.attempt or event.worker not in attempt.legs or self._doubted:
+            return False
+        if len(self.log.ids) <= attempt.base or not self.log.run_on(event.tokens):
+            return False
+        self.facts.tokens(now, len(event.tokens))
+        return True
+
     def _on_woken(self, now: float, _: ev.Woken, out: list[Command]) -> None:
         if self.state is State.QUEUED:
             self._shunned.woken()

@@ -86,7 +86,7 @@ class Router:
         config, clock = spec.config.router, SystemClock()
         self._spec = spec
         self._grace_s = spec.config.cluster.grace_s
-        stats = RouterStats()
+        self._stats = stats = RouterStats()
         fetches = spec.config.store.fetch and spec.config.engine.prefix_cache
         placer = Placer(make_policy(config.policy), config.stale_after_s, random.Random(), config.index_blocks_max, fetches)
         self.dispatcher = Dispatcher(placer, limits_from(spec.config), WaitingRoom(config), clock)
@@ -204,6 +204,7 @@ class Router:
             state=state,
             running=self.frontend.live,
             waiting=len(self.dispatcher.queue),
+            demand=self._stats.demand,
             proposal=self._advisor.advise(self.dispatcher.situation(), self._clock.now()),
         )
         return self._said

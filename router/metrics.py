@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from core.errors import TandemError
+from core.report import Demand
 from core.telemetry import Histogram, histogram_family
 from router.attainment import Attainment
 from router.dispatch import Dispatcher
@@ -35,6 +36,12 @@ class RouterStats:
         self.tokens = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
+        self.demand = Demand()
+        """For the controller, which forecasts from it."""
+
+    def came(self) -> None:
+        """A request, whatever becomes of it."""
+        self.demand = self.demand._replace(requests=self.demand.requests + 1)
 
     def gaps(self, gap_s: float, count: int) -> None:
         """`count` tokens came at once, `gap_s` after the one before: one gap, and no gap between them."""
@@ -46,11 +53,24 @@ class RouterStats:
         self.outcomes["completed"] += 1
         self.prompt_tokens += usage.prompt_tokens
         self.cached_tokens += usage.cached_tokens
+        self._answered(usage)
         self.e2e_s.observe(timing.total_s)
         if timing.ttft_s > 0:
             self.ttft_s.observe(timing.ttft_s)
         if timing.tpot_s > 0:
             self.tpot_s.observe(timing.tpot_s)
+
+    def _answered(self, usage: Usage) -> None:
+        was = self.demand
+        self.demand = Demand(
+            was.requests,
+            was.answered + 1,
+            was.prompt_tokens + usage.prompt_tokens,
+            was.prompt_squares + usage.prompt_tokens**2,
+            was.cached_tokens + usage.cached_tokens,
+            was.answer_tokens + usage.completion_tokens,
+            was.answer_squares + usage.completion_tokens**2,
+        )
 
     def failed(self, error: TandemError) -> None:
         """Refused before it began, or ended by an error: told apart by the error's code."""

@@ -52,6 +52,22 @@ class Reply:
             "system_fingerprint": f"fp_{card.fingerprint[:12]}",
         }
 
+    @property
+    def shows_ids(self) -> bool:
+        return self._call.return_token_ids
+
+    def plain_choice(self, prompt: int, tokens: tuple[Token, ...]) -> int | None:
+        """Whose chunk these tokens make, when it is like the one before it but for text and ids (`plain_chunk`)."""
+        number = tokens[0].choice
+        choice = self._choices[prompt * self._call.choices_per_prompt + number]
+        if self._call.logprobs or not choice.opened or (len(tokens) > 1 and any(token.choice != number for token in tokens)):
+            return None
+        return choice.index
+
+    def plain_chunk(self, index: int, token: Token) -> Json:
+        """One that shows nothing but this token, of the choice with this index, and is not its first."""
+        return self._chunk([self._dressed(self._api.delta(token.text, first=False), index, (token,), [], None)])
+
     def chunks(self, prompt: int, part: Part) -> list[Json]:
         """Chunks to send for one part of the answer to prompt number `prompt`."""
         return [self._chunk([made]) for made in self._deltas(prompt, part)]

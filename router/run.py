@@ -20,6 +20,7 @@ from router.frontend_types import ChoiceFinished, Finished, Part, Placement, Sta
 from router.journey import Journey
 from router.metrics import RouterStats
 from router.policy import Pair
+from router.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Run:
         stats: RouterStats,
         clock: Clock,
         text_of: Callable[[int], ChoiceText],
+        turns: Turns,
     ) -> None:
         self.spec = spec
         self.error: TandemError | None = None
@@ -57,6 +59,7 @@ class Run:
         self._stats = stats
         self._clock = clock
         self._text_of = text_of
+        self._turns = turns
         self._choices: list[_Choice] = []
         self._unfinished = spec.journey.sampling.n
         self._cancelled = False
@@ -198,7 +201,7 @@ class Run:
         for index in reversed(range(len(self._tokens))) if tail else ():
             token = self._tokens[index]
             if token.choice == choice:
-                self._tokens[index] = replace(token, text=token.text + tail)
+                self._tokens[index] = token._replace(text=token.text + tail)
                 return ""
         return tail
 
@@ -211,8 +214,8 @@ class Run:
         if self._unread_since is None:
             self._unread_since = self._clock.now()
         waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if waiter is not None:
+            self._turns.wake(waiter)
 
     def _watch_reader(self) -> None:
         """Rings a few times per `slow_client_s`, whatever the token rate."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from core.request import FinishReason, TokenEvent
 
@@ -33,6 +33,18 @@ class TokenLog:
     def forget_early(self) -> None:
         """The attempt that sent them is over; the next one sends them again."""
         self._early.clear()
+
+    def run_on(self, tokens: Sequence[TokenEvent]) -> bool:
+        """Takes tokens that are just what is next and none of which ends it: nearly all are. Otherwise nothing, and False."""
+        place = len(self.ids)
+        if self._early or self.finished is not None or place + len(tokens) >= self._max_tokens:
+            return False
+        for token in tokens:
+            if token.position != place or token.finish_reason is not None or token.token_id in self._stop_ids:
+                return False
+            place += 1
+        self.ids += [token.token_id for token in tokens]
+        return True
 
     def accept(self, tokens: Iterable[TokenEvent], *, hold: bool) -> tuple[tuple[TokenEvent, ...], bool]:
         """Takes what is next. Returns (accepted in order, whether a gap was met); sets `finished` on the last token."""

@@ -25,45 +25,47 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/cluster.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\"J\n\x0b\x42lockCounts\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\r\"\xe3\x04\n\x0cWorkerReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12#\n\x04role\x18\x02 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.tandem.v1.WorkerState\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x0c\n\x04node\x18\x07 \x01(\t\x12\x0f\n\x07host_id\x18\x08 \x01(\t\x12\x14\n\x0cgrpc_address\x18\t \x01(\t\x12\x17\n\x0fmetrics_address\x18\n \x01(\t\x12\x14\n\x0chttp_address\x18\x0b \x01(\t\x12&\n\x06\x62locks\x18\x0c \x01(\x0b\x32\x16.tandem.v1.BlockCounts\x12\x13\n\x0bleases_open\x18\r \x01(\r\x12\x0f\n\x07running\x18\x0e \x01(\r\x12\x0f\n\x07waiting\x18\x0f \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x10 \x01(\r\x12#\n\x06layout\x18\x11 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12#\n\x05model\x18\x12 \x01(\x0b\x32\x14.tandem.v1.ModelInfo\x12\x10\n\x08progress\x18\x13 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x14 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x15 \x01(\x04\x12&\n\tstep_cost\x18\x16 \x01(\x0b\x32\x13.tandem.v1.StepCost\x12)\n\x08proposal\x18\x17 \x01(\x0b\x32\x17.tandem.v1.RoleProposal\x12\x14\n\x0cpeer_address\x18\x18 \x01(\t\"S\n\x0cRoleProposal\x12\x0e\n\x06target\x18\x01 \x01(\t\x12#\n\x04role\x18\x02 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xb5\x01\n\x08StepCost\x12\x0e\n\x06\x62\x61se_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_token_s\x18\x02 \x01(\x01\x12\x16\n\x0eprefill_pair_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_row_s\x18\x04 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_context_s\x18\x05 \x01(\x01\x12\x0f\n\x07samples\x18\x06 \x01(\r\x12\x14\n\x0cmedian_error\x18\x07 \x01(\x01\x12\x11\n\tp90_error\x18\x08 \x01(\x01\"R\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x0c\n\x04path\x18\x04 \x01(\t\"[\n\x0bReportReply\x12\r\n\x05\x64rain\x18\x01 \x01(\x08\x12\x18\n\x10\x64rain_deadline_s\x18\x02 \x01(\x01\x12#\n\x04role\x18\x03 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\"\"\n\x0cWatchRequest\x12\x12\n\nwatcher_id\x18\x01 \x01(\t\"\x12\n\x10GetStatusRequest\"\x83\x01\n\x0f\x43lusterSnapshot\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12(\n\x07workers\x18\x02 \x03(\x0b\x32\x17.tandem.v1.WorkerReport\x12\x0e\n\x06\x61ges_s\x18\x03 \x03(\x01\x12\r\n\x05model\x18\x04 \x01(\t\x12\x16\n\x0etandem_version\x18\x05 \x01(\t\"2\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\".\n\rDrainResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"E\n\x0eSetRoleRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12#\n\x04role\x18\x02 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\"0\n\x0fSetRoleResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse*\x90\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x15\n\x11WORKER_STATE_DEAD\x10\x04\x32\x91\x03\n\x07\x43luster\x12=\n\x06Report\x12\x17.tandem.v1.WorkerReport\x1a\x16.tandem.v1.ReportReply(\x01\x30\x01\x12>\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x1a.tandem.v1.ClusterSnapshot0\x01\x12\x44\n\tGetStatus\x12\x1b.tandem.v1.GetStatusRequest\x1a\x1a.tandem.v1.ClusterSnapshot\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponse\x12@\n\x07SetRole\x12\x19.tandem.v1.SetRoleRequest\x1a\x1a.tandem.v1.SetRoleResponse\x12\x43\n\x08Shutdown\x12\x1a.tandem.v1.ShutdownRequest\x1a\x1b.tandem.v1.ShutdownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/cluster.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\"J\n\x0b\x42lockCounts\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\r\"\x86\x05\n\x0cWorkerReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12#\n\x04role\x18\x02 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.tandem.v1.WorkerState\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x0c\n\x04node\x18\x07 \x01(\t\x12\x0f\n\x07host_id\x18\x08 \x01(\t\x12\x14\n\x0cgrpc_address\x18\t \x01(\t\x12\x17\n\x0fmetrics_address\x18\n \x01(\t\x12\x14\n\x0chttp_address\x18\x0b \x01(\t\x12&\n\x06\x62locks\x18\x0c \x01(\x0b\x32\x16.tandem.v1.BlockCounts\x12\x13\n\x0bleases_open\x18\r \x01(\r\x12\x0f\n\x07running\x18\x0e \x01(\r\x12\x0f\n\x07waiting\x18\x0f \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x10 \x01(\r\x12#\n\x06layout\x18\x11 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12#\n\x05model\x18\x12 \x01(\x0b\x32\x14.tandem.v1.ModelInfo\x12\x10\n\x08progress\x18\x13 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x14 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x15 \x01(\x04\x12&\n\tstep_cost\x18\x16 \x01(\x0b\x32\x13.tandem.v1.StepCost\x12)\n\x08proposal\x18\x17 \x01(\x0b\x32\x17.tandem.v1.RoleProposal\x12\x14\n\x0cpeer_address\x18\x18 \x01(\t\x12!\n\x06\x64\x65mand\x18\x19 \x01(\x0b\x32\x11.tandem.v1.Demand\"\xa1\x01\n\x06\x44\x65mand\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x10\n\x08\x61nswered\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x16\n\x0eprompt_squares\x18\x04 \x01(\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\x04\x12\x15\n\ranswer_tokens\x18\x06 \x01(\x04\x12\x16\n\x0e\x61nswer_squares\x18\x07 \x01(\x01\"S\n\x0cRoleProposal\x12\x0e\n\x06target\x18\x01 \x01(\t\x12#\n\x04role\x18\x02 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xb5\x01\n\x08StepCost\x12\x0e\n\x06\x62\x61se_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_token_s\x18\x02 \x01(\x01\x12\x16\n\x0eprefill_pair_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_row_s\x18\x04 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_context_s\x18\x05 \x01(\x01\x12\x0f\n\x07samples\x18\x06 \x01(\r\x12\x14\n\x0cmedian_error\x18\x07 \x01(\x01\x12\x11\n\tp90_error\x18\x08 \x01(\x01\"R\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x0c\n\x04path\x18\x04 \x01(\t\"[\n\x0bReportReply\x12\r\n\x05\x64rain\x18\x01 \x01(\x08\x12\x18\n\x10\x64rain_deadline_s\x18\x02 \x01(\x01\x12#\n\x04role\x18\x03 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\"\"\n\x0cWatchRequest\x12\x12\n\nwatcher_id\x18\x01 \x01(\t\"\x12\n\x10GetStatusRequest\"\x83\x01\n\x0f\x43lusterSnapshot\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12(\n\x07workers\x18\x02 \x03(\x0b\x32\x17.tandem.v1.WorkerReport\x12\x0e\n\x06\x61ges_s\x18\x03 \x03(\x01\x12\r\n\x05model\x18\x04 \x01(\t\x12\x16\n\x0etandem_version\x18\x05 \x01(\t\"2\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\".\n\rDrainResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"E\n\x0eSetRoleRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12#\n\x04role\x18\x02 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\"0\n\x0fSetRoleResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse*\x90\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x15\n\x11WORKER_STATE_DEAD\x10\x04\x32\x91\x03\n\x07\x43luster\x12=\n\x06Report\x12\x17.tandem.v1.WorkerReport\x1a\x16.tandem.v1.ReportReply(\x01\x30\x01\x12>\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x1a.tandem.v1.ClusterSnapshot0\x01\x12\x44\n\tGetStatus\x12\x1b.tandem.v1.GetStatusRequest\x1a\x1a.tandem.v1.ClusterSnapshot\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponse\x12@\n\x07SetRole\x12\x19.tandem.v1.SetRoleRequest\x1a\x1a.tandem.v1.SetRoleResponse\x12\x43\n\x08Shutdown\x12\x1a.tandem.v1.ShutdownRequest\x1a\x1b.tandem.v1.ShutdownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=1649
-  _globals['_WORKERSTATE']._serialized_end=1793
+  _globals['_WORKERSTATE']._serialized_start=1848
+  _globals['_WORKERSTATE']._serialized_end=1992
   _globals['_BLOCKCOUNTS']._serialized_start=62
   _globals['_BLOCKCOUNTS']._serialized_end=136
   _globals['_WORKERREPORT']._serialized_start=139
-  _globals['_WORKERREPORT']._serialized_end=750
-  _globals['_ROLEPROPOSAL']._serialized_start=752
-  _globals['_ROLEPROPOSAL']._serialized_end=835
-  _globals['_STEPCOST']._serialized_start=838
-  _globals['_STEPCOST']._serialized_end=1019
-  _globals['_MODELINFO']._serialized_start=1021
-  _globals['_MODELINFO']._serialized_end=1103
-  _globals['_REPORTREPLY']._serialized_start=1105
-  _globals['_REPORTREPLY']._serialized_end=1196
-  _globals['_WATCHREQUEST']._serialized_start=1198
-  _globals['_WATCHREQUEST']._serialized_end=1232
-  _globals['_GETSTATUSREQUEST']._serialized_start=1234
-  _globals['_GETSTATUSREQUEST']._serialized_end=1252
-  _globals['_CLUSTERSNAPSHOT']._serialized_start=1255
-  _globals['_CLUSTERSNAPSHOT']._serialized_end=1386
-  _globals['_DRAINREQUEST']._serialized_start=1388
-  _globals['_DRAINREQUEST']._serialized_end=1438
-  _globals['_DRAINRESPONSE']._serialized_start=1440
-  _globals['_DRAINRESPONSE']._serialized_end=1486
-  _globals['_SETROLEREQUEST']._serialized_start=1488
-  _globals['_SETROLEREQUEST']._serialized_end=1557
-  _globals['_SETROLERESPONSE']._serialized_start=1559
-  _globals['_SETROLERESPONSE']._serialized_end=1607
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1609
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1626
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=1628
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=1646
-  _globals['_CLUSTER']._serialized_start=1796
-  _globals['_CLUSTER']._serialized_end=2197
+  _globals['_WORKERREPORT']._serialized_end=785
+  _globals['_DEMAND']._serialized_start=788
+  _globals['_DEMAND']._serialized_end=949
+  _globals['_ROLEPROPOSAL']._serialized_start=951
+  _globals['_ROLEPROPOSAL']._serialized_end=1034
+  _globals['_STEPCOST']._serialized_start=1037
+  _globals['_STEPCOST']._serialized_end=1218
+  _globals['_MODELINFO']._serialized_start=1220
+  _globals['_MODELINFO']._serialized_end=1302
+  _globals['_REPORTREPLY']._serialized_start=1304
+  _globals['_REPORTREPLY']._serialized_end=1395
+  _globals['_WATCHREQUEST']._serialized_start=1397
+  _globals['_WATCHREQUEST']._serialized_end=1431
+  _globals['_GETSTATUSREQUEST']._serialized_start=1433
+  _globals['_GETSTATUSREQUEST']._serialized_end=1451
+  _globals['_CLUSTERSNAPSHOT']._serialized_start=1454
+  _globals['_CLUSTERSNAPSHOT']._serialized_end=1585
+  _globals['_DRAINREQUEST']._serialized_start=1587
+  _globals['_DRAINREQUEST']._serialized_end=1637
+  _globals['_DRAINRESPONSE']._serialized_start=1639
+  _globals['_DRAINRESPONSE']._serialized_end=1685
+  _globals['_SETROLEREQUEST']._serialized_start=1687
+  _globals['_SETROLEREQUEST']._serialized_end=1756
+  _globals['_SETROLERESPONSE']._serialized_start=1758
+  _globals['_SETROLERESPONSE']._serialized_end=1806
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1808
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1825
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=1827
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=1845
+  _globals['_CLUSTER']._serialized_start=1995
+  _globals['_CLUSTER']._serialized_end=2396
 # @@protoc_insertion_point(module_scope)

@@ -34,7 +34,7 @@ class BlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., active: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "sequence", "state", "pid", "node", "host_id", "grpc_address", "metrics_address", "http_address", "blocks", "leases_open", "running", "waiting", "waiting_tokens", "layout", "model", "progress", "detail", "context_tokens", "step_cost", "proposal", "peer_address")
+    __slots__ = ("worker_id", "role", "epoch", "sequence", "state", "pid", "node", "host_id", "grpc_address", "metrics_address", "http_address", "blocks", "leases_open", "running", "waiting", "waiting_tokens", "layout", "model", "progress", "detail", "context_tokens", "step_cost", "proposal", "peer_address", "demand")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,7 @@ class WorkerReport(_message.Message):
     STEP_COST_FIELD_NUMBER: _ClassVar[int]
     PROPOSAL_FIELD_NUMBER: _ClassVar[int]
     PEER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: _common_pb2.WorkerRole
     epoch: int
@@ -83,7 +84,26 @@ class WorkerReport(_message.Message):
     step_cost: StepCost
     proposal: RoleProposal
     peer_address: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., host_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., http_address: _Optional[str] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., leases_open: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., progress: _Optional[float] = ..., detail: _Optional[str] = ..., context_tokens: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., proposal: _Optional[_Union[RoleProposal, _Mapping]] = ..., peer_address: _Optional[str] = ...) -> None: ...
+    demand: Demand
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., host_id: _Optional[str] = ..., grpc_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., http_address: _Optional[str] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., leases_open: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., progress: _Optional[float] = ..., detail: _Optional[str] = ..., context_tokens: _Optional[int] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., proposal: _Optional[_Union[RoleProposal, _Mapping]] = ..., peer_address: _Optional[str] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ...) -> None: ...
+
+class Demand(_message.Message):
+    __slots__ = ("requests", "answered", "prompt_tokens", "prompt_squares", "cached_tokens", "answer_tokens", "answer_squares")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SQUARES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_SQUARES_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    answered: int
+    prompt_tokens: int
+    prompt_squares: float
+    cached_tokens: int
+    answer_tokens: int
+    answer_squares: float
+    def __init__(self, requests: _Optional[int] = ..., answered: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prompt_squares: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., answer_tokens: _Optional[int] = ..., answer_squares: _Optional[float] = ...) -> None: ...
 
 class RoleProposal(_message.Message):
     __slots__ = ("target", "role", "reason")

@@ -141,7 +141,7 @@ async def test_a_client_that_never_finishes_its_body_is_forgotten(front: Scripte
 
 
 async def test_a_client_that_reads_nothing_is_cut_off(front: ScriptedFront, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.http.WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("router.http_events.WRITE_TIMEOUT_S", 0.2)
     body = json.dumps(OK | {"prompt": "flood", "stream": True}).encode()
     async with serving(front) as url:
         _, writer = await asyncio.open_connection(httpx.URL(url).host, httpx.URL(url).port, limit=1024)
