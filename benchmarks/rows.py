@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import subprocess
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,7 +62,7 @@ def commit() -> str:
 
 
 def report(rows: Iterable[Row], json_path: Path | None) -> None:
-    """Prints the table and, when asked, writes the rows."""
+    """Prints the table and, when asked, writes the rows, and beside them what was run when and where (`NAME.run.json`)."""
     rows = list(rows)
     table = Table(caption=f"{machine()} · commit {commit()}", caption_justify="left")
     for title, justify in (("figure", "left"), ("measured", "right"), ("bar", "right"), ("", "left"), ("against", "left")):
@@ -73,3 +76,15 @@ def report(rows: Iterable[Row], json_path: Path | None) -> None:
     Console(width=150).print(table)
     if json_path:
         json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        json_path.with_suffix(".run.json").write_text(json.dumps(run_of(sys.argv), indent=1) + "\n")
+
+
+def run_of(argv: Sequence[str]) -> dict[str, str]:
+    """The command that measures this again, the commit, the machine and the day."""
+    module = Path(argv[0]).stem
+    return {
+        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *argv[1:]]),
+        "commit": commit(),
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
