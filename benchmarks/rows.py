@@ -80,10 +80,11 @@ def report(rows: Iterable[Row], json_path: Path | None) -> None:
 
 
 def run_of(argv: Sequence[str]) -> dict[str, str]:
-    """The command that measures this again, the commit, the machine and the day."""
-    module = Path(argv[0]).stem
+    """The command that measures this again, the commit, the machine and the day. Of paths only the last part is told: where
+    somebody keeps traces is nobody else's business."""
+    words = [Path(word).name if word.startswith("/") else word for word in argv[1:]]
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(argv[0]).stem}", *words]),
         "commit": commit(),
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),

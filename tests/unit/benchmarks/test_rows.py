@@ -21,4 +21,6 @@ def test_rows_are_written_with_what_was_run_beside_them(tmp_path, monkeypatch, c
 
 
 def test_a_command_can_be_typed_again():
-    assert run_of(["x/kv_shm.py", "--shm-dir", "a b"])["command"] == "python -m benchmarks.kv_shm --shm-dir 'a b'"
+    assert run_of(["x/kv_shm.py", "--shm-dir", "a b", "--data", "/home/me/traces"])["command"] == (
+        "python -m benchmarks.kv_shm --shm-dir 'a b' --data traces"
+    )
