@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from cluster.report import ClusterSnapshot, Member
 from core.errors import StaleEpochError
@@ -59,7 +60,7 @@ class Membership:
                 return False
         if entry.draining and report.epoch == known.epoch and report.state is WorkerState.READY:
             report = replace(report, state=WorkerState.DRAINING)
-        changed = entry.suspected or replace(report, sequence=known.sequence) != known
+        changed = entry.suspected or not report.says_as(known)
         entry.report, entry.heard_at, entry.suspected = report, now, False
         entry.draining = entry.draining and report.epoch == known.epoch
         self.version += changed
@@ -110,7 +111,8 @@ class Membership:
 
     def snapshot(self, now: float, model: str = "", tandem_version: str = "") -> ClusterSnapshot:
         members = tuple(
-            Member(entry.report, max(0.0, now - entry.heard_at), entry.suspected) for _, entry in sorted(self._entries.items())
+            Member(entry.report, max(0.0, now - entry.heard_at), entry.suspected)
+            for _, entry in sorted(self._entries.items(), key=itemgetter(0))
         )
         return ClusterSnapshot(self.version, members, model, tandem_version)
 

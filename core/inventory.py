@@ -61,32 +61,40 @@ class Inventory(TableView):
         is its own, as far as it has something idle. Raises OutOfBlocksError when fewer are free or evictable.
         """
         with self._lock:
-            free, parked = self._free, self._parked
-            if count > (room := len(free) + len(self._idle) - len(parked)):
+            free = self._free
+            if count > (room := len(free) + len(self._idle) - len(self._parked)):
                 raise OutOfBlocksError(
                     f"{count} KV blocks are needed and {room} of {self._total} can be had; "
                     "retry later, or raise engine.kv_bytes"
                 )
-            refs, digest, generation, words = self._refs, self._digest, self._generation, self._words
-            now = 0.0 if count <= len(free) else self._now()
-            blocks: list[int] = []
-            for n in range(1, count + 1):
-                if free:
-                    block = free.pop()
-                else:
-                    own = self._shares if tenant is not None else None
-                    block, since = self._idle.pop() if own is None else own.pop_for(tenant or b"", n)
-                    if parked and block in parked:
-                        block, since = self._pop_past(block, since, tenant, n)
-                    self._leave(block, since, now)
-                    self.evictions.for_space += 1
+            blocks = free[: -count - 1 : -1]
+            del free[len(free) - len(blocks) :]
+            if len(blocks) < count:
+                blocks += self._evict_for(count, len(blocks), tenant)
+            refs, digest, generation = self._refs, self._digest, self._generation
+            for block in blocks:
                 generation[block] += 1  # before the new owner can write
-                if words is not None:
-                    words[block] = generation[block]
                 refs[block] = 1
                 digest[block] = 0
-                blocks.append(block)
+            if self._words is not None:
+                for block in blocks:
+                    self._words[block] = generation[block]
             return blocks
+
+    def _evict_for(self, count: int, had: int, tenant: bytes | None) -> list[int]:
+        """What is missing to `count` blocks, out of the cache."""
+        now, own = self._now(), self._shares if tenant is not None else None
+        self.evictions.for_space += count - had
+        if self._ranks is None and self._shares is None and not self._parked:
+            return self._leave_all([self._idle.pop() for _ in range(count - had)], now)
+        evicted = []
+        for n in range(had + 1, count + 1):
+            block, since = self._idle.pop() if own is None else own.pop_for(tenant or b"", n)
+            if self._parked and block in self._parked:
+                block, since = self._pop_past(block, since, tenant, n)
+            self._leave(block, since, now)
+            evicted.append(block)
+        return evicted
 
     def commit(
         self,
@@ -115,8 +123,10 @@ class Inventory(TableView):
             if resident is None:
                 self._key[block] = key
                 self._by_key[key] = block
-                self._tenant[block] = tenant
-                self._cost_s[block] = cost_s or self.typical_cost_s
+                if self._tenanted(tenant):
+                    self._tenant[block] = tenant
+                if self._costed(cost_s := cost_s or self.typical_cost_s):
+                    self._cost_s[block] = cost_s
                 if self._shares is not None:
                     self._shares.charge(tenant, 1)
                 if self._clock is not None:
@@ -145,16 +155,14 @@ class Inventory(TableView):
         """
         swapped, fresh = False, []
         with self._lock:
-            refs, names, by_key, tenants, costs = self._refs, self._key, self._by_key, self._tenant, self._cost_s
-            cost_s = self.typical_cost_s
-            for place in range(first, last):
-                block, key = blocks[place], keys[place]
+            refs, names, by_key = self._refs, self._key, self._by_key
+            for place, block, key in zip(range(first, last), blocks[first:last], keys[first:last], strict=True):
                 had = names[block]
                 assert refs[block] > 0, f"block {block} is committed by nobody who holds it"
                 assert had is None or had == key, f"block {block} is committed under another key"
-                resident = by_key.get(key)
-                if resident is None:
-                    names[block], by_key[key], tenants[block], costs[block] = key, block, tenant, cost_s
+                resident = by_key.setdefault(key, block)
+                if had is None and resident == block:
+                    names[block] = key
                     fresh.append(block)
                 elif resident != block:
                     self._take(resident)
@@ -167,6 +175,13 @@ class Inventory(TableView):
 
     def _came(self, fresh: list[int], tenant: bytes, shared: bool) -> None:
         """What else is noted of blocks that have become findable."""
+        tenants, costs = self._tenant, self._cost_s
+        if self._tenanted(tenant):
+            for block in fresh:
+                tenants[block] = tenant
+        if self._costed(cost_s := self.typical_cost_s):
+            for block in fresh:
+                costs[block] = cost_s
         if fresh and self._shares is not None:
             self._shares.charge(tenant, len(fresh))
         if self._clock is not None:

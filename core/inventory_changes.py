@@ -55,6 +55,10 @@ class ChangeLog:
         else:
             self._removed[key] = None
 
+    def went_all(self, keys: list[BlockKey]) -> None:
+        for key in keys:
+            self.went(key)
+
     def take(self, limit: int, resident: Iterable[BlockKey], everything: bool) -> Changes:
         """At most `limit` changes, removals before additions; what is left over comes with the next call."""
         lost = everything or not self.followed

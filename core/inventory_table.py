@@ -92,6 +92,7 @@ class BlockTable:
         self._hits = [0] * num_blocks
         self._cost_s = [0.0] * num_blocks
         self._tenant = [b""] * num_blocks
+        self._has_tenants = self._has_costs = False
         self._by_key: dict[BlockKey, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))
         self._pinned: dict[int, float] = {}  # since when idle, for those that nobody holds
@@ -146,6 +147,35 @@ class BlockTable:
         if self._ranks is not None:
             self._ranks.forget(block)
             self._cost_s[block] = 0.0
+
+    def _leave_all(self, idle: list[tuple[int, float]], now: float) -> list[int]:
+        """As `_leave`, of blocks that nothing ranks, each with the time since when it was idle. Returns the blocks."""
+        blocks, names, by_key, hits = [block for block, _ in idle], self._key, self._by_key, self._hits
+        keys = [names[block] or b"" for block in blocks]
+        for block, key in zip(blocks, keys, strict=True):
+            del by_key[key]
+            names[block] = None
+            hits[block] = 0
+        if self._clock is not None:
+            for _, since in idle:
+                self.evictions.idle_s.observe(now - since)
+        if self._unshared:
+            keys = [key for block, key in zip(blocks, keys, strict=True) if block not in self._unshared]
+            self._unshared.difference_update(blocks)
+        for log in self._logs:
+            if log.followed:
+                log.went_all(keys)
+        return blocks
+
+    def _tenanted(self, tenant: bytes) -> bool:
+        """Whether the column of tenants is in use: most nodes never see one."""
+        self._has_tenants = self._has_tenants or bool(tenant)
+        return self._has_tenants
+
+    def _costed(self, cost_s: float) -> bool:
+        """Whether the column of costs is in use."""
+        self._has_costs = self._has_costs or bool(cost_s)
+        return self._has_costs
 
     def _take(self, block: int) -> None:
         if not self._refs[block]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
+from operator import attrgetter
 from typing import NamedTuple
 
 from core.blocks import KvLayout
@@ -92,7 +93,14 @@ class WorkerReport:
     detail: str = ""
     """What it is doing while it starts, or why it died."""
 
+    def says_as(self, other: WorkerReport) -> bool:
+        """Whether the two say the same, whatever their numbers."""
+        return bool(_SAID(self) == _SAID(other))
+
     @property
     def idle(self) -> bool:
         """Nothing runs, waits, or is still being read by another worker."""
         return not (self.running or self.waiting or self.leases_open)
+
+
+_SAID = attrgetter(*(field.name for field in fields(WorkerReport) if field.name != "sequence"))

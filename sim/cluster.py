@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from types import MappingProxyType
 
 from cluster.membership import Membership
@@ -244,10 +243,9 @@ class SimController:
         for member in snapshot.members:
             name = member.report.worker_id
             known = self._views.get(name)
-            if known is None or known[0] is not member.report:
+            if known is None or known[0] is not member.report or known[1].age_s != member.age_s:
                 self._views[name] = known = (member.report, worker_view(member.report, member.age_s))
-            view = known[1]
-            views[name] = view if view.age_s == member.age_s else replace(view, age_s=member.age_s)
+            views[name] = known[1]
         links = self._site.config.sim.links
         return ClusterView(snapshot.version, MappingProxyType(views), LinkCost(links.latency, float(links.bandwidth)))
 

@@ -45,6 +45,7 @@ TICK_S = 1.0
 """How often leases are looked at while there are any."""
 STAYS = Terms(hand_over=False)
 CONTEXT_MAX = 1 << 24
+MODEL = ModelFacts("sim", CONTEXT_MAX, 1 << 20, "sim")
 
 
 class SimWorker:
@@ -53,6 +54,7 @@ class SimWorker:
         self.site, self.replica, self.config = site, replica, engine
         self.alive = True
         self.state = WorkerState.READY
+        self._address, self._fit = f"{name}@{epoch}", Fit(replica.cost, 1, 0.0, 0.0)
         self.inventory = Inventory(replica.num_blocks, policy=engine.eviction, tenant_share=engine.tenant_share, clock=None)
         self.table = AttemptTable()
         self.talk = Talk(self, HORIZON_S if site.config.sim.engine == "counted" else 0.0)
@@ -290,23 +292,23 @@ class SimWorker:
     # ---- what it says of itself ------------------------------------------------------------------------------------
 
     def report(self, sequence: int) -> WorkerReport:
-        load, cost = self.load, self.replica.cost
+        load = self.load
         return WorkerReport(
             self.name,
             self.role,
             self.epoch,
             sequence,
             state=self.state,
-            grpc_address=f"{self.name}@{self.epoch}",
+            grpc_address=self._address,
             blocks=self.inventory.counts(),
             leases_open=self.inventory.leases_open(),
             running=load.running,
             waiting=load.waiting + len(self.ingests) + len(self._entering),
             waiting_tokens=load.waiting_tokens,
             context_tokens=load.context_tokens,
-            step_cost=Fit(cost, 1, 0.0, 0.0),
+            step_cost=self._fit,
             layout=self.replica.layout,
-            model=ModelFacts("sim", CONTEXT_MAX, 1 << 20, "sim"),
+            model=MODEL,
         )
 
     def ticket(self, key: AttemptKey) -> KvTicket:
