@@ -1,9 +1,12 @@
 """How near the simulator is to real processes, and what a wrong cost model costs.
 
 Claims (issue "The simulator and the planner"), all stated
-- A small workload through `tandem up` (local launcher, demo model, two workers on two cores) and through the simulator with the
-  cost model that `tandem profile` wrote on the same machine a moment before: the error of TTFT, TPOT, TBT percentiles, of
-  attainment and throughput. The simulator knows nothing of the load generator and router that share the cores.
+- A small workload through `tandem up` (local launcher, demo model, two workers on two cores) and through the simulator: the
+  error of TTFT, TPOT, TBT percentiles, of attainment and throughput. Once with the cost model that `tandem profile` wrote on
+  the same machine a moment before ("profiled"): one worker that has the machine alone, while in the cluster two workers, the
+  router and the load generator share it. And once with what the workers of that very cluster have learned that their steps
+  cost, as they report it to routers ("learned"): the difference is the neighbours', what is left is the simulator's, which
+  knows nothing of processes that wait for a processor or for each other.
 - Routers that believe a wrong cost model, in the simulator: half or twice as quick as the truth, blind to lengths (flat), and
   wrong about each worker differently (skewed): attainment beside that with the true one. Outcomes correct what is believed, so
   that the same factor everywhere hurts little.
@@ -17,7 +20,7 @@ import asyncio
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +34,12 @@ from benchmarks.goodput_systems import grpc_target, ours
 from benchmarks.rows import Row, arguments, report
 from benchmarks.simulator_search import TBT_SLACK, TTFT_SLACK, unloaded
 from benchmarks.simulator_workloads import COPIED_WORKLOAD, WORKLOADS, Limits, Shape, config_of, excerpt, rate_of
+from cli.admin import status
 from core.config import Config
-from core.cost_file import read_cost_model
-from core.cost_model import CostModel, StepCost
+from core.cost_file import read_cost_model, write_cost_model
+from core.cost_model import CostModel, LinkCost, StepCost
 from core.latency import summarize
+from core.report import WorkerReport
 from core.request import Slo
 from sim.run import simulate
 from sim.workload import Arrival
@@ -47,7 +52,10 @@ LIMITS = Slo(ttft_s=1.0, tbt_s=0.06, tpot_s=0.06)
 SPREADS = ("ttft_s", "tpot_s", "tbt_s", "e2e_s")
 WRONG_SHAPE = Shape(2, 2, 0, 256)
 WRONG_RATES = (16.0, 19.0)
+ROLES = ("prefill", "decode", "colocated")
 SEED = 5
+Models = Mapping[str, CostModel]
+"""By role."""
 
 
 def error(simulated: float | None, real: float | None) -> float | None:
@@ -66,39 +74,72 @@ def profiled() -> CostModel:
         return read_cost_model(str(path))
 
 
-async def really(shape: RealShape, load: Conversations, rate: float, seconds: float) -> dict[str, Any]:
+async def really(shape: RealShape, load: Conversations, rate: float, seconds: float) -> tuple[dict[str, Any], Models]:
+    """What users saw, and what the workers of each role learned that their steps cost."""
     with ours(shape) as cluster:
         async with warmed(grpc_target(cluster.grpc, LIMITS), load) as target:
             traces = await offer(target, load, rate, seconds, SEED)
-    return summarize(traces, LIMITS, max(trace.end_s for trace in traces) - min(trace.start_s for trace in traces))
+        reports = [member.report for member in status(cluster.admin).members]
+    took_s = max(trace.end_s for trace in traces) - min(trace.start_s for trace in traces)
+    return summarize(traces, LIMITS, took_s), learned(reports)
 
 
-def simulated(shape: RealShape, load: Conversations, rate: float, seconds: float, model: CostModel) -> dict[str, Any]:
+def learned(reports: Sequence[WorkerReport]) -> Models:
+    """Of each role the worker that has seen most steps. Raises RuntimeError when nobody has seen enough of them."""
+    found: dict[str, tuple[int, CostModel]] = {}
+    for one in reports:
+        if one.step_cost is None or one.layout is None:
+            continue
+        if one.step_cost.samples > found.get(one.role.value, (0,))[0]:
+            found[one.role.value] = one.step_cost.samples, CostModel(one.step_cost.cost, one.layout.token_bytes)
+    if not found:
+        raise RuntimeError("no worker has learned what its steps cost; is the load long enough?")
+    return {role: model for role, (_, model) in found.items()}
+
+
+def simulated(
+    shape: RealShape, load: Conversations, rate: float, seconds: float, models: Models, link: LinkCost | None
+) -> dict[str, Any]:
     jobs = load.jobs(rate, seconds, SEED)
     arrivals = [Arrival(job.due_s, job.prompt_tokens, job.max_tokens) for job in jobs]
     tree = shape.tree("goodput")
     tree["sim"] = {"slo": {"ttft_s": LIMITS.ttft_s, "tbt_s": LIMITS.tbt_s, "tpot_s": LIMITS.tpot_s}}
-    link = model.links.get("shm")
     if link is not None:
         tree["sim"]["links"] = {"bandwidth": max(1, int(link.bytes_per_s)), "latency": link.latency_s}
-    return simulate(Config.model_validate(tree), arrivals, model=model).report
+    with tempfile.TemporaryDirectory() as folder:
+        counts = {"prefill": shape.prefill, "decode": shape.decode, "colocated": shape.colocated}
+        tree["sim"]["pools"] = pools = []
+        for role, count in counts.items():
+            if count:
+                path = f"{folder}/{role}.json"
+                write_cost_model(models[role], path)
+                pools.append({"role": role, "count": count, "profile": path})
+        return simulate(Config.model_validate(tree), arrivals).report
 
 
 def real_rows(quick: bool) -> list[Row]:
     say("tandem profile ...")
     model, load, seconds = profiled(), Conversations(AzureConversation()), SECONDS[quick]
-    rows, errors = [], []
+    rows: list[Row] = []
+    errors: dict[str, list[float]] = {"profiled": [], "learned": []}
     for shape in REAL:
         for rate in RATES[quick]:
-            real = asyncio.run(really(shape, load, rate, seconds))
-            there = simulated(shape, load, rate, seconds, model)
-            name = f"{'split' if shape.prefill else 'colocated'}.{rate:g}"
-            found = compared(name, f"{shape.name}, {rate:g}/s", there, real)
-            errors += [abs(row.measured) for row in found if row.unit == "of real" and row.measured is not None]
-            rows += found
-    how = f"cost model of tandem profile, held-out median error {model.heldout_median_error:.1%}"
-    mean = fmean(errors) if errors else None
-    return [*rows, Row("error.mean", "mean absolute error of all percentiles", mean, "of real", how=how)]
+            say(f"{shape.name}, {rate:g}/s ...")
+            real, known = asyncio.run(really(shape, load, rate, seconds))
+            for kind, models in (("profiled", dict.fromkeys(ROLES, model)), ("learned", known)):
+                there = simulated(shape, load, rate, seconds, models, model.links.get("shm"))
+                name = f"{kind}.{'split' if shape.prefill else 'colocated'}.{rate:g}"
+                found = compared(name, f"{shape.name}, {rate:g}/s, {kind}", there, real)
+                errors[kind] += [abs(row.measured) for row in found if row.unit == "of real" and row.measured is not None]
+                rows += found
+    hows = {
+        "profiled": f"cost model of tandem profile, held-out median error {model.heldout_median_error:.1%}",
+        "learned": "cost models that the workers themselves learned meanwhile",
+    }
+    for kind, found_errors in errors.items():
+        mean = fmean(found_errors) if found_errors else None
+        rows.append(Row(f"error.{kind}", f"mean absolute error, {kind}", mean, "of real", how=hows[kind]))
+    return rows
 
 
 def compared(name: str, what: str, there: Mapping[str, Any], real: Mapping[str, Any]) -> list[Row]:
