@@ -44,7 +44,7 @@ sim: setup # the product on virtual time, random clusters under random faults; S
 	@$(PY) -m cli.sim_sweep --seed $(or $(SEED),0) --count $(or $(COUNT),200)
 
 sim-nightly: setup
-	@$(PY) -m cli.sim_sweep --seed $(or $(SEED),$$(date +%s)) --count 20000
+	@$(PY) -m cli.sim_sweep --seed $(or $(SEED),$$(date +%s)) --count $(or $(COUNT),20000)
 
 stories: setup # every property test on examples of its own; SEED=n replays them
 	@$(PY) -m pytest -n 3 --dist loadfile -m hypothesis --hypothesis-profile=default --hypothesis-seed=$(or $(SEED),$$(date +%s))
