@@ -1,8 +1,9 @@
 """A pool of workers that compute nothing, and the controller's side of a router: one process, for `benchmarks.router`.
 
 Prefill and decode workers speak the real Session protocol. A running request gets a token per step, all tokens of a step
-in one message; a step takes `step_s`, or as long as its message takes to be written when that is longer, and what it is
-longer is counted as waiting for the router. The event loop is the one that hosts run workers on.
+in one event; a step takes `step_s`. While one message is being written the next steps run, and what they have to tell goes
+in one message, as with real workers; with 32 steps untold a worker waits, and that is counted as waiting for the router.
+The event loop is the one that hosts run workers on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tandem.v1.prefill_pb2_grpc import add_PrefillServicer_to_server
 
 LAYOUT = KvLayout(b"f" * 16, "float32", 1, 1, 8, 16)
 TOKEN_ID = 300
+EVENTS_PER_MESSAGE = UNTOLD_MAX = 32
 
 
 class Gate:
@@ -79,11 +81,15 @@ class Worker:
         await anext(requests)
         await context.write(pb.SessionEvent(hello=pb.SessionHello(peer_id=self.name, epoch=1)))
         session = Session(self)
-        reader = asyncio.create_task(session.read(requests), name="bench read")
+        tasks = [
+            asyncio.create_task(session.read(requests), name="bench read"),
+            asyncio.create_task(session.step(), name="bench step"),
+        ]
         try:
-            await session.step(context)
+            await session.write(context)
         finally:
-            reader.cancel()
+            for task in tasks:
+                task.cancel()
 
 
 class Session:
@@ -92,33 +98,55 @@ class Session:
         self._limits: dict[AttemptKey, int] = {}
         self._running: dict[AttemptKey, int] = {}
         self._replies: deque[pb.SessionEvent] = deque()
-        self._wake = asyncio.Event()
+        self._wake = asyncio.Event()  # requests may have come
+        self._told = asyncio.Event()  # there is something to write
+        self._taken = asyncio.Event()  # something was written
 
-    async def step(self, context: Any) -> None:
+    async def step(self) -> None:
         worker, due, timed = self._worker, 0.0, self._worker.written_at
         while True:
-            while self._replies:
-                await context.write(self._replies.popleft())
+            self._wake.clear()
             if not self._running:
-                self._wake.clear()
                 await self._wake.wait()
                 continue
             if not GATE.is_open:
-                self._wake.clear()
                 await GATE.passed(self._wake)
                 continue
             due = max(due + worker.step_s, time.perf_counter() - worker.step_s)  # a late step is caught up, not more
             names = [key.request_id for key in self._running]
-            message = self._tokens_of_step()
-            began = time.perf_counter()
+            self._tell(self._tokens_of_step())
+            made = time.perf_counter()
             if self._worker.timing:
                 for name in names:
-                    timed.setdefault(name.partition("@")[0], []).append(began)
-            await context.write(message)
-            written_s = time.perf_counter() - began
-            worker.busy_s += max(written_s, worker.step_s)
-            worker.waited_s += max(written_s - worker.step_s, 0.0)
+                    timed.setdefault(name.partition("@")[0], []).append(made)
+            waited_s = await self._room()
+            worker.busy_s += max(waited_s, worker.step_s)
+            worker.waited_s += waited_s
             await asyncio.sleep(max(due - time.perf_counter(), 0.0))
+
+    async def _room(self) -> float:
+        """Until the router has taken enough, which real workers would not wait for; seconds."""
+        began = time.perf_counter()
+        while len(self._replies) >= UNTOLD_MAX:
+            self._taken.clear()
+            await self._taken.wait()
+        return time.perf_counter() - began
+
+    def _tell(self, *events: pb.SessionEvent) -> None:
+        self._replies += events
+        self._told.set()
+
+    async def write(self, context: Any) -> None:
+        """What waits together is told together, as `worker.outbox` and `worker.codec` do."""
+        while True:
+            if not self._replies:
+                self._told.clear()
+                await self._told.wait()
+            message = self._replies.popleft()
+            count = min(len(self._replies), EVENTS_PER_MESSAGE - 1)
+            message.more.extend([self._replies.popleft() for _ in range(count)])
+            await context.write(message)
+            self._taken.set()
 
     def _tokens_of_step(self) -> pb.SessionEvent:
         step = pb.StepTokens()
@@ -143,7 +171,7 @@ class Session:
             elif kind == "reserve":
                 item = command.reserve.item
                 self._limits[key_from_pb(item.key)] = item.sampling.max_tokens
-                self._replies.append(pb.SessionEvent(reserved=pb.Reserved(key=item.key, granted=True)))
+                self._tell(pb.SessionEvent(reserved=pb.Reserved(key=item.key, granted=True)))
             elif kind == "start_prefill":
                 self._prefill(command.start_prefill.item)
             self._wake.set()
@@ -153,14 +181,14 @@ class Session:
         ticket = ticket_to_pb(KvTicket(key_from_pb(item.key), LAYOUT, source, 10.0))
         first = pb.GeneratedToken(key=item.key, position=0, token_id=TOKEN_ID)
         first.finish_reason = pb.FINISH_REASON_LENGTH if item.sampling.max_tokens == 1 else pb.FINISH_REASON_UNSPECIFIED
-        self._replies += (
+        self._tell(
             pb.SessionEvent(opened=pb.Opened(key=item.key, ticket=ticket)),
             pb.SessionEvent(tokens=pb.StepTokens(tokens=[first])),
             pb.SessionEvent(prefill_done=pb.PrefillDone(key=item.key)),
         )
 
     def _open(self, key: pb.AttemptKey) -> None:
-        self._replies.append(pb.SessionEvent(joined=pb.Joined(key=key)))
+        self._tell(pb.SessionEvent(joined=pb.Joined(key=key)))
         self._running[key_from_pb(key)] = 1
         GATE.joined()
 

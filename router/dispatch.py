@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from core.clock import Clock
-from core.errors import InternalError, OverloadedError, SloUnattainableError
-from core.request import TokenEvent
+from core.errors import InternalError, OverloadedError
 from router import events as ev
 from router.alarms import Alarms
 from router.attempt import JourneySpec, Limits
@@ -143,7 +142,11 @@ class Dispatcher:
             if type(event) is ev.Tokens and not live.driving and live.journey.run_on(now, event):
                 tenant = live.journey.spec.tenant
                 served[tenant] = served.get(tenant, 0) + len(event.tokens)
-                self._deliver(live, event.tokens, now)
+                try:
+                    live.sink.deliver(event.tokens)
+                except Exception:
+                    log.exception("request %s: a mistake of ours on its tokens", request_id)
+                    self._abandon(live, now)
             else:
                 self._drive(live, event, now)
         for tenant, tokens in served.items():
@@ -179,14 +182,6 @@ class Dispatcher:
         if journey.claim is not live.claim:
             self._move_claim(live, event)
         self._set_alarm(live)
-
-    def _deliver(self, live: Live, tokens: tuple[TokenEvent, ...], now: float) -> None:
-        """Of a journey that goes on. Its sink may end it."""
-        try:
-            live.sink.deliver(tokens)
-        except Exception:
-            log.exception("request %s: a mistake of ours on its tokens", live.journey.spec.request_id)
-            self._abandon(live, now)
 
     def _abandon(self, live: Live, now: float) -> None:
         """Ends one journey after a mistake, so that it harms no other: its workers are told, its user gets an error."""
@@ -252,7 +247,7 @@ class Dispatcher:
             verdict = self._wait(live, situation, need)
             live.inbox.append(ev.NoPlace(choice.reason, choice.busy))
         if isinstance(verdict, Refusal):
-            live.inbox.append(ev.Refused(_unattainable(verdict)))
+            live.inbox.append(ev.Refused(verdict.error()))
         elif isinstance(choice, Pair):
             if live.asked_at is None:
                 live.asked_at = self._changes
@@ -278,7 +273,7 @@ class Dispatcher:
         situation = self.situation()
         refusal = self._wait(live, situation, self._need(live, situation))
         if refusal is not None:
-            raise _unattainable(refusal)
+            raise refusal.error()
         self._drive(live, ev.NoPlace("others wait before it"))
         if self.queue.head(self._clock.now()) == live.journey.spec.request_id:
             self._pump_soon()  # it goes before those who were found no place
@@ -304,7 +299,7 @@ class Dispatcher:
         give_up_at = self.room.give_up_at(request_id)
         if now >= give_up_at:
             text = "its limits cannot be kept any more: no place came free in time"
-            self._drive(live, ev.Refused(_unattainable(Refusal(text, self.room.retry_s()))))
+            self._drive(live, ev.Refused(Refusal(text, self.room.retry_s()).error()))
         else:
             live.look_at = give_up_at
             self._pump_soon()
@@ -351,8 +346,3 @@ class Dispatcher:
             self._drive(live, ev.Tick())
         else:
             self._set_alarm(live)
-
-
-def _unattainable(refusal: Refusal) -> SloUnattainableError:
-    text = f"refused because {refusal.reason} (router.admission); retry later, with wider limits or in another slo_class"
-    return SloUnattainableError(text, retry_after_s=refusal.retry_after_s)

@@ -11,6 +11,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from core.errors import SloUnattainableError
 from router.attempt import JourneySpec
 from router.baselines import matched_tokens
 from router.policy import Candidate, Need, Pair
@@ -27,6 +28,10 @@ class Refusal:
 
     reason: str
     retry_after_s: float
+
+    def error(self) -> SloUnattainableError:
+        text = f"refused because {self.reason} (router.admission); retry later, with wider limits or in another slo_class"
+        return SloUnattainableError(text, retry_after_s=self.retry_after_s)
 
 
 @dataclass(frozen=True, slots=True)

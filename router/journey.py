@@ -18,14 +18,7 @@ from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, ClassVar
 
-from core.errors import (
-    DeadlineExceededError,
-    OutOfBlocksError,
-    OverloadedError,
-    TandemError,
-    TransferError,
-    UnavailableError,
-)
+from core.errors import DeadlineExceededError, OutOfBlocksError, OverloadedError, TandemError, TransferError, UnavailableError
 from core.request import AttemptKey, FinishReason, WorkItem
 from router import events as ev
 from router.attempt import Attempt, JourneySpec, Limits
@@ -94,12 +87,11 @@ class Journey:
         return out
 
     def run_on(self, now: float, event: ev.Tokens) -> bool:
-        """Takes tokens that change nothing but the log: the next ones of an attempt that has its first and goes on. They are
-        to be delivered then. False: nothing was taken, the event is for `handle`."""
+        """Takes tokens, to be delivered, that change nothing but the log. False: the event is for `handle`."""
         attempt = self._attempt
         if attempt is None or attempt.key.attempt != event.attempt or event.worker not in attempt.legs or self._doubted:
             return False
-        if len(self.log.ids) <= attempt.base or not self.log.run_on(event.tokens):
+        if self._first_token_missing(attempt) or not self.log.run_on(event.tokens):
             return False
         self.facts.tokens(now, len(event.tokens))
         return True
@@ -268,8 +260,7 @@ class Journey:
             self._lose(now, event.worker, event.reason, out)
 
     def _on_ended(self, now: float, event: ev.StopMatched | ev.ClientCancelled, out: list[Command]) -> None:
-        stopped = isinstance(event, ev.StopMatched)
-        self._finish(now, out, reason=FinishReason.STOP if stopped else FinishReason.CANCELLED)
+        self._finish(now, out, reason=FinishReason.STOP if isinstance(event, ev.StopMatched) else FinishReason.CANCELLED)
 
     def _on_turned_away(self, now: float, event: ev.Refused, out: list[Command]) -> None:
         self._finish(now, out, error=event.error)
