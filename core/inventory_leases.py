@@ -67,6 +67,11 @@ class Leases:
             holders.append(holder)
         return holders
 
+    def of(self, holder: AttemptKey) -> list[int]:
+        """What its lease holds, nothing where it has none."""
+        lease = self._leases.get(holder)
+        return list(lease.blocks) if lease is not None else []
+
     def held(self) -> dict[AttemptKey, list[int]]:
         """By holder, in the order in which they were leased."""
         return {holder: list(lease.blocks) for holder, lease in self._leases.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterable, MutableSequence, Sequence
 from threading import Lock
 from typing import NamedTuple
 
@@ -272,21 +272,43 @@ class BlockTable:
             self._ranks.forget(block)
         self._free.append(block)
 
+    def _check_blocks(self, touched: Collection[int]) -> None:
+        """As `_check_states` and `_check_keys`, where they held before these blocks were touched and nothing else was since.
+
+        What came free lies at the end of the free list then.
+        """
+        tail = self._free[max(len(self._free) - len(touched), 0) :]
+        free = set(tail)
+        unheld = len(self._free) + len(self._idle) - len(self._parked) + sum(not self._refs[b] for b in self._pinned)
+        assert unheld == self._refs.count(0), "a block that nobody holds is on the free list twice, or nowhere"
+        assert len(self._by_key) == self._total - self._key.count(None), "the key index and the blocks disagree"
+        for block in touched:
+            self._check_state(block, block in free)
+            key = self._key[block]
+            assert key is None or self._by_key.get(key) == block, "the key index and the blocks disagree"
+        self._check_places()
+
     def _check_states(self) -> None:
         free = set(self._free)
         assert len(free) == len(self._free), "a block is on the free list twice"
         assert len(self._idle) == sum(b in self._idle for b in range(self._total)), "the queue of idle blocks is miscounted"
         for block in range(self._total):
-            held, pinned = self._refs[block] > 0, block in self._pinned
-            cached = block in self._idle and block not in self._parked
-            states = [block in free, cached, held or pinned]
-            assert sum(states) == 1, f"block {block} is in not exactly one state: free, cached, active are {states}"
-            assert self._refs[block] >= 0, f"block {block} has {self._refs[block]} references"
-            assert self._key[block] is not None or not (cached or pinned), f"block {block} is kept without a key"
-            assert self._key[block] is None or block not in free, f"block {block} is free with a key"
-            assert self._words is None or int(self._words[block]) == self._generation[block], (
-                f"the generation word of block {block} was changed by someone else"
-            )
+            self._check_state(block, block in free)
+        self._check_places()
+
+    def _check_state(self, block: int, free: bool) -> None:
+        refs, pinned = self._refs[block], block in self._pinned
+        cached = block in self._idle and block not in self._parked
+        states = [free, cached, refs > 0 or pinned]
+        assert sum(states) == 1, f"block {block} is in not exactly one state: free, cached, active are {states}"
+        assert refs >= 0, f"block {block} has {refs} references"
+        assert self._key[block] is not None or not (cached or pinned), f"block {block} is kept without a key"
+        assert self._key[block] is None or not free, f"block {block} is free with a key"
+        assert self._words is None or int(self._words[block]) == self._generation[block], (
+            f"the generation word of block {block} was changed by someone else"
+        )
+
+    def _check_places(self) -> None:
         assert all(self._refs[block] for block in self._looked_at), "a place is kept for a block that nobody looks at"
         assert all(self._refs[block] and block in self._idle for block in self._parked), "a place is kept for nobody"
         assert not self._parked & (self._looked_at.keys() | self._pinned.keys()), "a block has two places"

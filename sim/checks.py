@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from itertools import chain
 
 from core.errors import InternalError, InvalidRequestError, TandemError
-from core.request import TokenEvent
+from core.request import AttemptKey, TokenEvent
 from sim.plane import SimPlane
 from sim.requests import Request
 from sim.stores import SimStore
+from sim.watched import WatchedBooks, WatchedInventory, WatchedTable
 from sim.worker import SimWorker
 from sim.world import World
 
@@ -17,25 +20,35 @@ class BrokenRuleError(AssertionError):
     """The product, or the simulator, made a mistake. The text says which, and when."""
 
 
+EVERYTHING_EVERY = 64
+"""Looks into a worker, of which one is at all that it has, the others at what was touched."""
+
+
 class Checks:
-    """Attached to a world before it starts. Workers are looked into when their books changed."""
+    """Attached to a world before it starts. Workers are looked into when their books changed: at what was touched, and now and
+    then at everything."""
 
     def __init__(self, world: World) -> None:
         self.looks = 0
         self._world = world
         self._books: dict[str, object] = {}
+        self._looks_at: Counter[str] = Counter()
+        self._watched = WatchedBooks()
+        world.site.books = self._watched
         world.users.checks = self._deliver
         world.users.on_completed = self._complete
         world.users.on_error = self._error
         world.events.after = self.after
 
     def after(self) -> None:
-        for name, worker in self._world.site.workers.items():
-            books = (worker.epoch, worker.inventory.counts(), worker.inventory.leases_open(), len(worker.table))
-            if worker.alive and self._books.get(name) != books:
-                self._books[name] = books
-                self.looks += 1
-                self._worker(worker)
+        stirred = self._watched.stirred
+        if stirred:
+            for name in stirred:
+                worker = self._world.site.workers.get(name)
+                if worker is not None and worker.alive:
+                    self.looks += 1
+                    self._worker(worker)
+            stirred.clear()
         if self._world.site.plane is not None:
             self._stores(self._world.site.plane)
 
@@ -78,26 +91,36 @@ class Checks:
     # ---- workers ---------------------------------------------------------------------------------------------------
 
     def _worker(self, worker: SimWorker) -> None:
+        inventory, table = worker.inventory, worker.table
+        assert isinstance(inventory, WatchedInventory), "workers were made before the rules were attached"
+        assert isinstance(table, WatchedTable), "workers were made before the rules were attached"
+        looks = self._looks_at[worker.name] = self._looks_at[worker.name] + 1
         try:
-            worker.check()
+            if looks % EVERYTHING_EVERY == 0:
+                worker.check()
+            inventory.check_touched()
+            table.check_touched()
         except AssertionError as error:
             raise BrokenRuleError(f"{self._when()}: {worker.name}: {error}") from error
-        self._references(worker)
+        leases = inventory.leases()
+        self._references(worker, leases)
         known = worker.holders()
-        for holder in worker.inventory.leases():
+        for holder in leases:
             self._rule(holder in known, f"{worker.name} keeps a lease of {holder}, which is over there")
         if worker.settled:
             for key in worker.table.live():
                 self._rule(key in known, f"{worker.name} lists {key} and holds nothing of it")
 
-    def _references(self, node: SimWorker | SimStore) -> None:
-        expected: Counter[int] = Counter()
-        for blocks in (*node.held_blocks(), *node.inventory.leases().values()):
-            expected.update(blocks)
-        for block, count in enumerate(node.inventory.references()):
-            if count != expected[block]:
-                text = f"block {block} of {node.name} has {count} references, its holders have {expected[block]}"
-                self._rule(False, text)
+    def _references(self, node: SimWorker | SimStore, leases: Mapping[AttemptKey, list[int]]) -> None:
+        """Those that somebody has, taken from those that there are, leave none."""
+        left = node.inventory.references()
+        for block in chain(*node.held_blocks(), *leases.values()):
+            left[block] -= 1
+        if any(left):
+            block = next(block for block, count in enumerate(left) if count)
+            count = node.inventory.references()[block]
+            text = f"block {block} of {node.name} has {count} references, its holders have {count - left[block]}"
+            self._rule(False, text)
 
     # ---- stores and the directory ----------------------------------------------------------------------------------
 
@@ -114,7 +137,7 @@ class Checks:
             store.inventory.check()
         except AssertionError as error:
             raise BrokenRuleError(f"{self._when()}: {store.name}: {error}") from error
-        self._references(store)
+        self._references(store, store.inventory.leases())
 
     def _plane_at_the_end(self, plane: SimPlane) -> None:
         """Nothing happens any more: stores hold nothing for anybody, the directory names what is resident and nothing else."""

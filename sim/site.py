@@ -10,6 +10,7 @@ from sim.events import Events
 from sim.network import Network
 from sim.post import Post
 from sim.prompt import Content
+from sim.watched import Books
 
 if TYPE_CHECKING:
     from sim.plane import SimPlane
@@ -29,6 +30,7 @@ class Site:
     """KV of the smallest worker that holds whole requests."""
     workers: dict[str, SimWorker] = field(default_factory=dict)
     """The latest incarnation of each."""
+    books: Books = field(default_factory=Books)
     plane: SimPlane | None = None
     """None: workers know at once what others have, and there are no stores."""
 

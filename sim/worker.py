@@ -14,7 +14,6 @@ from core.blocks import BlockKey, BlockRecord, KvSource, KvTicket, root_key
 from core.config import EngineConfig
 from core.cost_model import Fit
 from core.errors import TandemError
-from core.inventory import Inventory
 from core.report import ModelFacts, WorkerReport, WorkerState
 from core.request import AttemptKey, WorkerRole, WorkItem
 from engine.output import Committed, EngineLoad, StepOutput
@@ -34,7 +33,7 @@ from sim.replica import Replica
 from sim.site import Site
 from sim.stores import plane_layout
 from sim.talk import Talk
-from worker.attempts import AttemptTable, Peer, Refused
+from worker.attempts import Peer, Refused
 
 if TYPE_CHECKING:
     from sim.router import SimRouter
@@ -55,8 +54,8 @@ class SimWorker:
         self.alive = True
         self.state = WorkerState.READY
         self._address, self._fit = f"{name}@{epoch}", Fit(replica.cost, 1, 0.0, 0.0)
-        self.inventory = Inventory(replica.num_blocks, policy=engine.eviction, tenant_share=engine.tenant_share, clock=None)
-        self.table = AttemptTable()
+        self.inventory = site.books.inventory(name, replica.num_blocks, engine.eviction, engine.tenant_share)
+        self.table = site.books.table(name)
         self.talk = Talk(self, HORIZON_S if site.config.sim.engine == "counted" else 0.0)
         self.source = KvSource(name, epoch, name, name)
         self._root = root_key(replica.layout.fingerprint)

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 
 from core.config import Config
-from core.request import FinishReason, TokenEvent
+from core.request import AttemptKey, FinishReason, TokenEvent
 from sim.checks import BrokenRuleError
 from sim.faults import Fault
 from sim.run import simulate
 from sim.sweep import MODEL, Story, failure_of, shrink, story_of
 from sim.workload import Arrival
 from sim.world import World
+from worker.attempts import Peer
 
 TREE = {
     "engine": {"block_size": 4, "kv_bytes": "1MiB", "max_running": 8, "max_step_tokens": 64},
@@ -59,8 +60,20 @@ def test_a_partition_is_noticed_and_healed():
         (lambda world: _lease(world), "keeps a lease of"),
         (lambda world: _twice(world), "ended"),
         (lambda world: _another_token(world), "another one than it must be"),
+        (lambda world: _token(world, +1, 0), "was delivered where"),
+        (lambda world: _token(world, 0, -9.0), "came before the one before it"),
+        (lambda world: _drop_a_reference(world), "references, its holders have"),
+        (lambda world: _free_twice(world), "on the free list twice"),
+        (lambda world: _lose_a_block(world), "or nowhere"),
+        (lambda world: _forget_a_key(world), "the key index and the blocks disagree"),
+        (lambda world: _promise_twice(world), "references, its holders have"),
+        (lambda world: _list_for_nothing(world), "and holds nothing of it|the two indexes|is owned by"),
+        (lambda world: _disown(world), "the two indexes|is owned by"),
     ],
-    ids=["leak", "lease", "end", "token"],
+    ids=[
+        *("leak", "lease", "end", "token", "gap", "early", "dropped", "free twice", "lost", "key", "promised"),
+        *("listed", "disowned"),
+    ],
 )
 def test_a_broken_rule_is_found_and_named(spoil, said):
     def prepare(world: World) -> None:
@@ -72,6 +85,62 @@ def test_a_broken_rule_is_found_and_named(spoil, said):
 
 def _leak(world: World) -> None:
     world.site.workers["decode-0"].inventory.allocate(1)
+
+
+def _inventory(world: World):
+    return world.site.workers["decode-0"].inventory
+
+
+def _drop_a_reference(world: World) -> None:
+    inventory = _inventory(world)
+    inventory.release([next(block for block, count in enumerate(inventory.references()) if count)])
+
+
+def _free_twice(world: World) -> None:
+    inventory = _inventory(world)
+    block = inventory.allocate(1)[0]
+    inventory._free.append(block)
+    inventory.release([block])
+
+
+def _lose_a_block(world: World) -> None:
+    inventory = _inventory(world)
+    inventory.release(inventory.allocate(1))
+    inventory._free.pop()
+
+
+def _forget_a_key(world: World) -> None:
+    inventory = _inventory(world)
+    key = next(iter(inventory._by_key))
+    inventory.release(inventory.match([key]))
+    del inventory._by_key[key]
+
+
+def _promise_twice(world: World) -> None:
+    """A block that one attempt holds is given to another one too."""
+    worker = world.site.workers["decode-0"]
+    holders = [blocks for blocks in worker.held_blocks() if blocks]
+    holders[0].append(holders[-1][0])
+    worker.inventory.release(worker.inventory.allocate(1))
+
+
+def _list_for_nothing(world: World) -> None:
+    worker = world.site.workers["decode-0"]
+    worker.table.admit(AttemptKey("nobody", 1), Peer("router-0", 1), world.events.now())
+
+
+def _disown(world: World) -> None:
+    table = world.site.workers["decode-0"].table
+    owner, keys = next(iter(table._owned.items()))
+    key = next(iter(keys))
+    table.admit(AttemptKey("another", 1), owner, world.events.now())
+    keys.discard(key)
+
+
+def _token(world: World, ahead: int, later_s: float) -> None:
+    request = next(each for each in world.users.live.values() if each.times)
+    place = len(request.times) + ahead
+    request.deliver((TokenEvent((request.name, 1), place, request.content.token(place), world.events.now() + later_s),))
 
 
 def _lease(world: World) -> None:
