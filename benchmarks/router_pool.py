@@ -166,6 +166,7 @@ class Session:
             kind = command.WhichOneof("command")
             if kind == "cancel":
                 self._running.pop(key_from_pb(command.cancel.key), None)
+                self._limits.pop(key_from_pb(command.cancel.key), None)
             elif kind == "open_handoff":
                 self._open(command.open_handoff.key)
             elif kind == "reserve":
@@ -189,7 +190,8 @@ class Session:
 
     def _open(self, key: pb.AttemptKey) -> None:
         self._tell(pb.SessionEvent(joined=pb.Joined(key=key)))
-        self._running[key_from_pb(key)] = 1
+        if self._limits.get(key_from_pb(key), 0) > 1:  # else the first token, which prefill sends, is the last one
+            self._running[key_from_pb(key)] = 1
         GATE.joined()
 
 

@@ -147,6 +147,7 @@ class Dispatcher:
                 except Exception:
                     log.exception("request %s: a mistake of ours on its tokens", request_id)
                     self._abandon(live, now)
+                    self._move_claim(live, event)
             else:
                 self._drive(live, event, now)
         for tenant, tokens in served.items():
