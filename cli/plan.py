@@ -30,6 +30,9 @@ def plan(
     policy: Annotated[str, typer.Option(metavar="NAME", help="Of placement, in the simulation.")] = "goodput",
     window: Annotated[float, typer.Option(min=1.0, metavar="S", help="Of demand in each simulation, virtual time.")] = 60.0,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Parts of the trace that goodput is found on.")] = 3,
+    plots: Annotated[
+        str | None, typer.Option("--plots", metavar="DIR", help="Write pictures there: cost and goodput, the split of pools.")
+    ] = None,
 ) -> None:
     """The cheapest pools that serve the demand within its limits, and the goodput they reach.
 
@@ -57,6 +60,11 @@ def plan(
 
         report |= _nearest(nearest(workload, offers, slo, share, workload.rate_rps))
     _write(report, as_json)
+    if plots is not None and found is not None:
+        from cli.plan_plots import write_plots
+
+        for path in write_plots(plots, found.pools, workload, offers, slo, share):
+            sys.stderr.write(f"tandem: wrote {path}\n")
     if not report["meets_slo"]:
         from cli.app import FAILED
 

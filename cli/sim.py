@@ -132,6 +132,13 @@ def _show(report: dict[str, Any], errors: dict[str, int]) -> None:
         f" {report['prefix_hit_ratio']:.1%} · policy {report['policy']}, seed {report['seed']}",
         highlight=False,
     )
+    if plane := report.get("kv_plane"):
+        console.print(
+            f"stores took {plane['taken_blocks']:,} blocks, refused {plane['refused_blocks']:,} · {plane['fetched_blocks']:,}"
+            f" were fetched, {plane['fetched_from_stores']:,} from stores · {plane['unanswered']:,} questions to the directory"
+            " had no answer",
+            highlight=False,
+        )
     for code, count in errors.items():
         console.print(f"[red]{count} ×[/] {code}", highlight=False)
 

@@ -100,6 +100,8 @@ class SimIngests:
             site.events.later(site.post.latency_s, lambda: self.lost(key, "the source is gone"))
             return True
         reservation.source = source
+        if self._worker.plane is not None:  # the source offers them to a store, this worker need not
+            self._worker.plane.offerer.skip(reservation.keys[reservation.landed : reservation.full])
         reservation.expires_at = self._lease_end()
         site.post.send(self._worker.name, source.name, source.exports.follow, key, self._worker)
         return True

@@ -3,6 +3,7 @@ rule (`kvtransfer.store_choice`). What is offered is held until the store has an
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ from core.blocks import BlockKey, KvSource
 from core.request import WorkerRole
 from kvtransfer.directory import NodeRecord
 from kvtransfer.store_choice import choose_store
-from sim.stores import Offer
+from sim.events import Event
+from sim.stores import BATCH_BLOCKS_MIN, Offer
 
 if TYPE_CHECKING:
     from sim.plane import SimPlane
@@ -31,11 +33,12 @@ class SimOfferer:
         self._worker = worker
         self._plane = plane
         self._store: KvSource | None = None
-        self._queue: dict[BlockKey, None] = {}  # oldest first
-        self._skipped: dict[BlockKey, None] = {}
+        self._queue: OrderedDict[BlockKey, None] = OrderedDict()  # oldest first; a dict would be searched past all that left
+        self._skipped: OrderedDict[BlockKey, None] = OrderedDict()
         self._batch: list[BlockKey] = []  # under way
         self._held: list[int] = []
         self._number = 0
+        self._timer: Event | None = None
         self._resting = False
         self._pause_s = PAUSE_MIN_S
 
@@ -79,7 +82,8 @@ class SimOfferer:
         worker, store = self._worker, self._store
         if not worker.alive or self._batch or self._resting or store is None or not self._queue:
             return
-        size = min(BATCH_BYTES // worker.replica.layout.block_bytes, worker.inventory.counts().total // 8, BATCH_BLOCKS)
+        wanted = max(BATCH_BLOCKS_MIN, BATCH_BYTES // worker.replica.layout.block_bytes)
+        size = min(wanted, worker.inventory.counts().total // 8, BATCH_BLOCKS)
         batch = list(islice(self._queue, max(1, size)))
         worker.cut()
         found = worker.inventory.find(batch)
@@ -94,13 +98,15 @@ class SimOfferer:
         keys = [key for key, block in zip(batch, found, strict=True) if block is not None]
         offer = Offer(worker, keys, lambda taken: self._answered(number, taken))
         site.post.send(worker.name, there.name, there.offered, offer)
-        site.events.later(OFFER_TIMEOUT_S, lambda: self._answered(number, None))
+        self._timer = site.events.later(OFFER_TIMEOUT_S, lambda: self._answered(number, None))
 
     def _answered(self, number: int, taken: int | None) -> None:
         """None: it failed, and is tried again after a pause."""
         worker = self._worker
         if number != self._number or not self._batch or not worker.alive:
             return
+        if self._timer is not None:
+            self._timer.cancel()
         batch, held, self._batch, self._held = self._batch, self._held, [], []
         worker.cut()
         worker.inventory.release(held)
@@ -120,6 +126,6 @@ class SimOfferer:
         self._go_on()
 
 
-def _forget_oldest(keys: dict[BlockKey, None], most: int) -> None:
-    for key in list(islice(keys, max(0, len(keys) - most))):
-        del keys[key]
+def _forget_oldest(keys: OrderedDict[BlockKey, None], most: int) -> None:
+    while len(keys) > most:
+        keys.popitem(last=False)

@@ -73,6 +73,8 @@ def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (f"{report['output_tokens_per_s']:,.0f}", "output tokens/s", f"{report['completed']} requests completed"),
         (f"{report['prefix_hit_ratio']:.1%}", "of prompt tokens cached", f"{report.get('failovers', 0)} failovers"),
     ]
+    if plane := report.get("kv_plane"):
+        found.append((f"{plane['fetched_blocks']:,}", "blocks fetched", f"{plane['fetched_from_stores']:,} from stores"))
     if report["cost_usd"]:
         per_dollar = report["attainment"]["joint"] * report["requests"] / report["cost_usd"]
         found.append((f"${report['cost_usd']:,.2f}", "cost of the run", f"{per_dollar:,.0f} requests in time per dollar"))
@@ -130,11 +132,11 @@ _PAGE = """<!doctype html>
  body {{ font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #f5f7fa; margin: 0; }}
  main {{ max-width: 960px; margin: 0 auto; padding: 32px 20px 48px; }}
  h1 {{ font-size: 26px; margin: 0; }} h2 {{ font-size: 16px; margin: 0 0 10px; }} p {{ margin: 4px 0 20px; color: #52606d; }}
- .tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin-bottom: 16px; }}
+ .tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(138px, 1fr)); gap: 12px; margin-bottom: 16px; }}
  .tile, section {{ background: #fff; border: 1px solid #e4e7eb; border-radius: 10px; padding: 14px 16px; }}
  .tile b {{ font-size: 26px; display: block; line-height: 1.2; }} .tile span {{ display: block; }}
  .tile small, .faint, footer {{ color: #7b8794; }} section {{ margin-bottom: 16px; overflow-x: auto; }}
- .bar {{ display: grid; grid-template-columns: 170px 1fr 60px; gap: 12px; align-items: center; margin: 4px 0; }}
+ .bar {{ display: grid; grid-template-columns: minmax(90px, 170px) 1fr 60px; gap: 12px; align-items: center; margin: 4px 0; }}
  .bar i {{ background: #e4e7eb; border-radius: 5px; height: 12px; overflow: hidden; position: relative; }}
  .bar i::after {{ content: ""; position: absolute; left: 90%; top: 0; bottom: 0; width: 2px; background: #1f2933; }}
  .bar em {{ display: block; height: 100%; }}
@@ -144,7 +146,7 @@ _PAGE = """<!doctype html>
  th, td {{ padding: 4px 8px; border-top: 1px solid #e4e7eb; }}
  thead td, thead th {{ border: 0; color: #7b8794; font-size: 13px; }} .over {{ color: #c2410c; font-weight: 600; }}
  .two {{ display: grid; grid-template-columns: 3fr 2fr; gap: 16px; }} svg {{ width: 100%; height: auto; }}
- @media (max-width: 700px) {{ .two {{ grid-template-columns: 1fr; }} }}
+ @media (max-width: 700px) {{ .two {{ grid-template-columns: 1fr; }} th, td {{ padding: 4px 3px; font-size: 12px; }} }}
 </style>
 <main>
 <h1>{title}</h1><p>{sentence}</p>

@@ -38,9 +38,9 @@ def svg(figure: Figure) -> str:
 
 
 def timelines(timeline: Timeline) -> Figure:
-    """Four rows over one time axis: attainment, what waits, what runs, memory in use; a line per role."""
-    figure = _figure(9.0, 7.6)
-    rows: Any = figure.subplots(4, 1, sharex=True)
+    """Five rows over one time axis: attainment, workers, what waits, what runs, memory in use; a line per role."""
+    figure = _figure(9.0, 9.2)
+    rows: Any = figure.subplots(5, 1, sharex=True)
     met, *others = rows
     points = timeline.attainment()
     if points:
@@ -49,6 +49,7 @@ def timelines(timeline: Timeline) -> Figure:
     met.axhline(SHARE, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     _named(met, "requests within their limits", share=True)
     wanted = (
+        (lambda pool: float(pool.workers), "workers", False),
         (lambda pool: pool.waiting, "waiting, per worker", False),
         (lambda pool: pool.running, "running, per worker", False),
         (lambda pool: pool.kv_used, "KV memory in use", True),
@@ -72,7 +73,7 @@ def grid(goodput: Mapping[tuple[int, int], float], title: str) -> Figure:
     best, most = max(goodput, key=lambda key: goodput[key]), max(goodput.values())
     for (p, d), value in goodput.items():
         x, y = decodes.index(d), prefills.index(p)
-        axes.text(x, y, f"{value:.3g}", ha="center", va="center", color="white" if value > 0.6 * most else INK, fontsize=10)
+        axes.text(x, y, f"{value:#.3g}", ha="center", va="center", color="white" if value > 0.6 * most else INK, fontsize=10)
     axes.add_patch(_rectangle(decodes.index(best[1]) - 0.5, prefills.index(best[0]) - 0.5))
     axes.set_xticks(range(len(decodes)), [str(d) for d in decodes])
     axes.set_yticks(range(len(prefills)), [str(p) for p in prefills])
@@ -94,16 +95,19 @@ def frontier(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def pareto(plans: Sequence[Plan], title: str) -> Figure:
-    figure = _figure(7.2, 4.6)
+    """Numbered along the frontier; who stands behind a number is named beside the picture, where names cannot overlap."""
+    figure = _figure(9.6, 4.8)
     axes = figure.subplots()
     front = frontier(plans)
     rest = [plan for plan in plans if plan not in front]
     axes.scatter([p.cost_usd_per_hour for p in rest], [p.goodput_rps for p in rest], color=FAINT, s=28, zorder=2)
     costs, rates = [p.cost_usd_per_hour for p in front], [p.goodput_rps for p in front]
     axes.plot(costs, rates, color=COLOURS["decode"], linewidth=2, marker="o", markersize=6, zorder=3)
-    for plan in front:
+    for number, plan in enumerate(front, 1):
         at = (plan.cost_usd_per_hour, plan.goodput_rps)
-        axes.annotate(plan.label, at, xytext=(7, -11), textcoords="offset points", color=INK, fontsize=9)
+        axes.annotate(str(number), at, xytext=(-4, 6), textcoords="offset points", color=INK, fontsize=9, ha="right")
+        axes.plot([], [], linestyle="none", label=f"{number}   {plan.label}")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, labelcolor=INK, handlelength=0)
     _named(axes, title)
     axes.set_xlim(left=0)
     axes.margins(x=0.15, y=0.1)

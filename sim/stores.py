@@ -23,6 +23,8 @@ from sim.post import Post
 OFFERS_RUNNING, OFFERS_WAITING_MAX = 4, 64
 BATCH_BYTES = 16 * 2**20
 """These as in `kvtransfer.store_offers`."""
+BATCH_BLOCKS_MIN = 32
+"""Of an offer: the product's are smaller where blocks are large, and so many that each would be an event of its own."""
 
 
 def plane_layout(layout: KvLayout) -> KvLayout:
@@ -112,7 +114,7 @@ class SimStore:
         self.on_blocks: Callable[[], None] = lambda: None
         self._pull_timeout_s = config.transfer.pull_timeout_s
         self._events, self._post, self._network = events, post, net
-        self._batch = max(1, min(BATCH_BYTES // layout.block_bytes, blocks // 2))
+        self._batch = max(1, min(max(BATCH_BLOCKS_MIN, BATCH_BYTES // layout.block_bytes), blocks // 2))
         self._waiting: list[Offer] = []
         self._takings: dict[_Taking, None] = {}
         self._coming: set[BlockKey] = set()

@@ -12,11 +12,15 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from cli.main import app
+from cli.plan_plots import around, goodput_rps
+from cluster.planner_analytic import Analytic
 from cluster.planner_file import read_offers
 from cluster.planner_model import Layout
+from cluster.planner_offers import Pool, Workload
 from core.cost_file import write_cost_model
 from core.cost_model import CostModel, StepCost
 from core.errors import ConfigError
+from core.request import Slo, WorkerRole
 
 ROOT = Path(__file__).resolve().parents[3]
 COST = CostModel(StepCost(0.02, 60e-6, 0.0, 100e-6, 1e-7), kv_token_bytes=300_000)
@@ -110,6 +114,33 @@ def test_limits_that_cannot_be_met_name_what_binds_and_the_nearest(tmp_path: Pat
     assert (report["pools"], report["binding_limit"], report["meets_slo"]) == ([], "tbt", False)
     assert 0.02 < report["nearest"]["slo_tbt_s"] < 0.05
     assert report["nearest"]["pools"]
+
+
+def test_pictures_of_a_plan_are_written_where_they_were_asked_for(tmp_path: Path) -> None:
+    result, report = asked(tmp_path, "--slo-ttft", "2", "--slo-tbt", "0.2", "--quick", "--plots", str(tmp_path / "pictures"))
+    assert result.exit_code == 0, result.output
+    picture = (tmp_path / "pictures" / "cost_goodput.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert "cost_goodput.png" in result.stderr
+    assert (tmp_path / "pictures" / "pools.png").exists() == (len(report["pools"]) == 2)
+    (tmp_path / "file").write_text("")
+    refused, _ = asked(tmp_path, "--slo-ttft", "2", "--slo-tbt", "0.2", "--quick", "--plots", str(tmp_path / "file"))
+    assert "cannot write" in refused.output
+
+
+def test_goodput_around_a_plan_is_highest_near_it_and_needs_what_can_be_had(tmp_path: Path) -> None:
+    offers, _ = read_offers(written(tmp_path, one_gpu(count=8)))
+    draw = np.random.default_rng(3)
+    lengths = [draw.integers(200, 1500, 200).astype(float), draw.integers(20, 200, 200).astype(float)]
+    workload = Workload(lengths[0], lengths[1], 20.0, 1.0)
+    quick = Analytic(workload, Slo(ttft_s=2.0, tbt_s=0.1))
+    pools = (Pool(WorkerRole.PREFILL, offers[0], 2), Pool(WorkerRole.DECODE, offers[0], 2))
+    cells = around(pools, workload, 0.9, quick)
+    assert max(p + d for p, d in cells) == 8
+    assert cells[1, 1] > cells[1, 5], "decode workers that wait for prompts"
+    rate = goodput_rps(pools, workload, 0.9, quick)
+    assert quick(pools, 0.99 * rate).joint >= 0.9 > quick(pools, 1.01 * rate).joint
+    assert around(pools[:1], workload, 0.9, quick) == {}
 
 
 def test_too_few_gpus_are_named(tmp_path: Path) -> None:
