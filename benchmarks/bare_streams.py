@@ -152,12 +152,18 @@ class SseDoor(Door):
         return cls(address)
 
     async def stream(self, request_id: str, tokens: int, arrivals: list[float]) -> None:
-        self._idle = [each for each in self._idle if not each.transport.is_closing()]  # the router closes who idles
-        connection = self._idle.pop() if self._idle else await self._connect()
-        try:
-            await connection.stream(request_id, tokens, arrivals)
-        finally:
-            self._idle.append(connection)
+        while True:
+            self._idle = [each for each in self._idle if not each.transport.is_closing()]
+            kept = bool(self._idle)
+            connection = self._idle.pop() if kept else await self._connect()
+            try:
+                await connection.stream(request_id, tokens, arrivals)
+                return
+            except ConnectionError:
+                if not kept or arrivals:
+                    raise  # else the router, which closes who idles, did so just now
+            finally:
+                self._idle.append(connection)
 
     async def whose(self) -> str:
         connection = await self._dial()

@@ -76,9 +76,9 @@ async def relayed(p: Pool, kind: type[Door], tokens: int) -> Run:
         seen: list[list[float]] = [[] for _ in range(STREAMS)]
         streams = asyncio.gather(*(made[n % CONNECTIONS].stream(f"s{n}", tokens, seen[n]) for n in range(STREAMS)))
         try:
-            await _until(lambda: all(len(arrivals) > 2 for arrivals in seen))
+            await _until(lambda: streams.done() or all(len(arrivals) > 2 for arrivals in seen))
             cpu_s, began, before = p.router_cpu_s(), time.perf_counter(), sum(map(len, seen))
-            await _until(lambda: any(len(arrivals) == tokens for arrivals in seen))
+            await _until(lambda: streams.done() or any(len(arrivals) == tokens for arrivals in seen))
             cpu_s, ended, total = p.router_cpu_s() - cpu_s, time.perf_counter(), sum(map(len, seen)) - before
         finally:
             await streams

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import random
 import sys
@@ -51,6 +52,8 @@ log = logging.getLogger(__name__)
 SERVER_GRACE_S = 0.5
 SWITCH_INTERVAL_S = 0.0005
 """gRPC's own thread wants the interpreter for a moment for each message; at the default of 5 ms it may wait that long."""
+GC_THRESHOLDS = (20_000, 20, 50)
+"""Tokens under way are many objects for a moment and none is in a cycle; with the defaults all streams wait for collections."""
 GRACE_SHARE = 0.8
 ASSUMED_TTFT_S, ASSUMED_TBT_S = 5.0, 0.25  # of a default class without limits, for the proposal of roles alone
 """Of the grace time, for requests to finish; the rest is for leaving orderly."""
@@ -76,6 +79,9 @@ async def run(
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     text = await asyncio.to_thread(Tokenizer.load, spec.config.model.path)
+    gc.collect()
+    gc.freeze()  # what is there by now stays: collections need not look at it again
+    gc.set_threshold(*GC_THRESHOLDS)
     await Router(spec, text, totals).serve(stop, on_ready)
 
 

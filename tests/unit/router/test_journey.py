@@ -161,3 +161,17 @@ def test_an_older_attempt_is_not_heard(state: State, event: ev.WorkerEvent):
     assert journey.state is state
     assert journey.handle(1.1, event) == []
     assert journey.state is state
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("worker", ["p", "d", "x"])
+@pytest.mark.parametrize("attempt", [1, 2])
+@pytest.mark.parametrize("positions", [(0,), (1,), (1, 2), (2,), (7,)])
+def test_running_on_is_what_handling_would_do_or_nothing(state: State, worker: str, attempt: int, positions: tuple[int, ...]):
+    quick, twin = journey_in(state), journey_in(state)
+    event = tokens(worker, *positions, attempt=attempt)
+    took = quick.run_on(2.0, event)
+    assert took == (state is State.DECODING and worker == "d" and attempt == 1 and positions in ((1,), (1, 2)))
+    if took:
+        assert twin.handle(2.0, event) == [ev.Deliver(event.tokens)]
+    assert (quick.log.ids, quick.facts, quick.claim, quick.wake_at) == (twin.log.ids, twin.facts, twin.claim, twin.wake_at)

@@ -192,3 +192,20 @@ def test_an_id_used_again_counts_on():
     for index in range(5000):
         used.ended(f"other{index}", 1)
     assert used.first_attempt("a") == 1, "bounded: the oldest is forgotten"
+
+
+@given(
+    start=st.integers(0, 3),
+    made=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4), st.sampled_from([None, FinishReason.STOP])), max_size=4),
+)
+def test_running_on_takes_what_accept_takes_or_nothing(start, made):
+    quick, twin = TokenLog(6, stop_ids={4}), TokenLog(6, stop_ids={4})
+    for log in (quick, twin):
+        log.accept([event(position, 1) for position in range(start)], hold=False)
+    tokens = tuple(event(*each) for each in made)
+    if quick.run_on(tokens):
+        assert twin.accept(tokens, hold=False) == (tokens, False)
+        assert quick.finished is twin.finished is None
+    else:
+        assert len(quick) == start
+        assert twin.accept(tokens, hold=False) != (tokens, False) or twin.finished is not None
