@@ -29,6 +29,7 @@ from cluster.main import with_ports
 from core.config import load
 from core.hostspec import HostSpec
 from core.request import WorkerRole
+from core.wire import each_event
 from tandem import AsyncClient, SamplingParams
 from tandem.v1 import common_pb2 as pb
 from tandem.v1.prefill_pb2_grpc import PrefillStub
@@ -166,10 +167,11 @@ async def _direct(call: Any, index: int) -> float:
     item.sampling.seed = 1
     began = time.perf_counter()
     await call.write(pb.SessionCommand(start_prefill=pb.StartPrefill(item=item)))
-    while (await call.read()).WhichOneof("event") != "tokens":
-        pass
-    took_s = time.perf_counter() - began
-    await call.read()  # PrefillDone
+    took_s, told = 0.0, ""
+    while told != "prefill_done":
+        for event in each_event(await call.read()):
+            told = event.WhichOneof("event")
+            took_s = took_s or (time.perf_counter() - began if told == "tokens" else 0.0)
     return took_s
 
 
