@@ -60,6 +60,11 @@ class TableView(BlockTable):
         with self._lock:
             return self._digest[block]
 
+    def has(self, key: BlockKey) -> bool:
+        """Whether the key is resident; to ask is no use."""
+        with self._lock:
+            return key in self._by_key
+
     def key_of(self, block: int) -> BlockKey | None:
         """The key a block is findable under, None while it is uncommitted."""
         with self._lock:

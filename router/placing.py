@@ -67,7 +67,8 @@ class Placer:
         if self.index is not None:
             self.index.expire(now)
         known = self._situation
-        if known.view is not view or known.connected != connected or now > self._stale_at:
+        same = known.connected is connected or known.connected == connected  # sets compare themselves name by name
+        if known.view is not view or not same or now > self._stale_at:
             known = self._situation = self._see(view, connected, now)
         return known
 

@@ -48,8 +48,8 @@ class Events:
 
     def at(self, when: float, call: Callable[..., None], *args: Any) -> Event:
         """Has `call(*args)` happen at `when`, or now where that is past."""
-        self._made += 1
-        event = Event((when if when > self._now else self._now, self._made, call, args))
+        self._made = made = self._made + 1
+        event = Event((when if when > self._now else self._now, made, call, args))
         heappush(self._heap, event)
         return event
 

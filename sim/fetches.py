@@ -95,7 +95,7 @@ class SimFetches:
         best: SimWorker | None = None
         best_lent: list[int] = []
         for other in site.workers.values():
-            if other is worker or not other.alive or own == len(keys) or not _has(other, keys[own]):
+            if other is worker or not other.alive or own == len(keys) or not other.inventory.has(keys[own]):
                 continue
             if not site.post.together(other.name, worker.name):
                 continue
@@ -124,7 +124,7 @@ class SimFetches:
         if worker.alive:
             worker.cut()
             if whole:
-                fetch.blocks = [worker.inventory.commit(*pair) for pair in zip(fetch.blocks, fetch.keys, strict=True)]
+                worker.inventory.commit_run(fetch.blocks, fetch.keys, 0, len(fetch.keys))
                 self.fetched_blocks += len(fetch.blocks)
                 worker.on_blocks()
             fetch.then()
@@ -150,11 +150,3 @@ class SimFetches:
             fetch.source.cut()
             fetch.source.inventory.release(fetch.lent)
             fetch.source.poke()
-
-
-def _has(worker: SimWorker, key: BlockKey) -> bool:
-    found = worker.inventory.look([key])
-    if found[0] is None:
-        return False
-    worker.inventory.release([found[0]])
-    return True
