@@ -91,7 +91,7 @@ class GrpcDoor(asyncio.Protocol, Door):
         del self._arrivals[number]
 
     async def whose(self) -> str:
-        await self.stream("", 2, [])
+        await self.stream("", 1, [])
         return self._request_id.rpartition("-")[0]
 
     def close(self) -> None:
@@ -167,7 +167,7 @@ class SseDoor(Door):
 
     async def whose(self) -> str:
         connection = await self._dial()
-        await connection.stream("", 2, [])
+        await connection.stream("", 1, [])
         self._owner = connection.owner
         self._idle.append(connection)
         return self._owner
@@ -182,7 +182,7 @@ class SseDoor(Door):
             connection = await self._dial()
             if "." not in self._owner:  # there is one router
                 return connection
-            await connection.stream("", 2, [])
+            await connection.stream("", 1, [])
             if connection.owner == self._owner:
                 return connection
             connection.transport.close()

@@ -192,7 +192,7 @@ class Session:
         self._tell(pb.SessionEvent(joined=pb.Joined(key=key)))
         if self._limits.get(key_from_pb(key), 0) > 1:  # else the first token, which prefill sends, is the last one
             self._running[key_from_pb(key)] = 1
-        GATE.joined()
+            GATE.joined()
 
 
 class Controller(cluster_pb2_grpc.ClusterServicer):
