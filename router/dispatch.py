@@ -43,6 +43,7 @@ class Dispatcher:
         self.placer = placer
         self.room = room
         self.queue = room.queue
+        self.queue.begins_s = lambda now: placer.begins_s(self.situation(), now)
         self.attempts: Counter[str] = Counter()  # by outcome: refused, failed, lost, or how their journey ended
         self.failovers = 0
         self.on_change: Callable[[], None] = lambda: None  # sessions or the view changed
@@ -242,9 +243,9 @@ class Dispatcher:
         if not live.taken:
             verdict = self.room.judge(journey.spec, journey.facts.arrived_at, decision, situation, need.now)
         if isinstance(verdict, Hold):
-            live.look_at = verdict.look_at
-            choice = Nobody(verdict.reason, busy=True)
+            choice = Nobody(verdict.reason, busy=True, again_s=verdict.look_at - need.now)
         if isinstance(choice, Nobody) and not isinstance(verdict, Refusal):
+            live.look_at = need.now + choice.again_s
             verdict = self._wait(live, situation, need)
             live.inbox.append(ev.NoPlace(choice.reason, choice.busy))
         if isinstance(verdict, Refusal):

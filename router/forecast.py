@@ -60,6 +60,10 @@ class Ranked(NamedTuple):
     def candidate(self) -> Candidate:
         return self.made.candidate(self.rank, self.prefill, self.decode)
 
+    def runs_beside(self) -> float:
+        """Requests that decode where it would."""
+        return self.made.decode_pool.running.item(self.decode)
+
 
 _FIRST = np.zeros(1, np.int64)
 
@@ -88,6 +92,7 @@ class Split:
 
     def __init__(self, situation: Situation, prefill: Pool, decode: Pool, need: Need, goal: Goal) -> None:
         self._prefill, self._decode, self._goal = prefill, decode, goal
+        self.decode_pool = decode
         cached = matched_tokens(situation, prefill, need)
         new, self._queue_s, self._prefill_s = _prompt(situation, prefill, need, cached)
         computed_s = self._queue_s + self._prefill_s
@@ -156,6 +161,7 @@ class Whole:
 
     def __init__(self, situation: Situation, pool: Pool, need: Need, goal: Goal) -> None:
         self._situation, self._pool, self._need, self._goal = situation, pool, need, goal
+        self.decode_pool = pool
         self._cached = matched_tokens(situation, pool, need)
         self.new = need.tokens - self._cached
 
@@ -215,7 +221,8 @@ class Whole:
         self.new, self._queue_s, alone_s = _prompt(self._situation, pool, need, self._cached)
         steps = np.ceil((self.new + pool.waiting_tokens) / CHUNK_TOKENS)
         self._prefill_s = alone_s + steps * (now_s - pool.cost.base_s)  # decodes run along
-        self._ttft_s = pool.corrections.overhead_s + self._queue_s + self._prefill_s
+        turn_s = np.where(pool.running > 0, 0.5 * now_s, 0.0)  # the step that is under way
+        self._ttft_s = pool.corrections.overhead_s + turn_s + self._queue_s + self._prefill_s
         self._gap_s = pool.gap_s(1.0, need.tokens + need.output_tokens / 2)
         felt_s = now_s + pool.cost.prefill_token_s * np.minimum(self.new, CHUNK_TOKENS)
         self._harmed = harmed(pool, now_s, felt_s, self._goal)

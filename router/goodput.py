@@ -8,9 +8,13 @@ looked at one by one, with computing everything on one worker beside them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from operator import itemgetter
 
+from router.early_rejection import costs_known
 from router.forecast import Goal, Ranked, Split, Whole
+from router.patience import CROWDED, WAITS, begins_s, calm, crowded, filled, has_room, in_a_lull, is_late
 from router.policy import Candidate, Decision, Need, Pair, Scored, window_open
 from router.pools import Mask, Pool, Rows
 from router.situation import Situation
@@ -22,30 +26,55 @@ KEPT = 4
 class Goodput(Scored):
     wants_keys = True
 
+    def begins_s(self, situation: Situation, now: float) -> Sequence[float]:
+        return begins_s(situation, now) if costs_known(situation) else ()
+
     def decide(self, situation: Situation, need: Need) -> Decision:
+        patient = need.may_wait and costs_known(situation)
         prefill, decode, whole = situation.prefill, situation.decode, situation.whole
-        prefills = _rows(prefill.allowed(need.avoid) & window_open(prefill, need.tokens))
-        may_decode, may_whole = decode.allowed(need.avoid), whole.allowed(need.avoid)
+        may_prefill, may_decode, may_whole = (pool.allowed(need.avoid) for pool in (prefill, decode, whole))
+        if patient:
+            prefills, wholes = _rows(may_prefill & has_room(prefill, need)), may_whole & has_room(whole, need)
+        else:
+            prefills, wholes = _rows(may_prefill & window_open(prefill, need.tokens)), may_whole
         pairs = bool(prefills.size and may_decode.any())
-        if need.prefer is not None or not (pairs or may_whole.any()):
+        if need.prefer is not None or not (pairs or wholes.any()):
+            if patient and (may_whole.any() or (may_prefill.any() and may_decode.any())):
+                return Decision(filled(prefill, may_prefill, whole, may_whole, need.now))
             fixed = super().decide(situation, need)  # who is preferred, and why nobody
             if not isinstance(fixed.place, Pair) or fixed.place == need.prefer:
                 return fixed
-        goal = Goal.of(need)
-        ranked: list[Ranked] = []
         decodes = _with_room(decode, may_decode, need)
-        if pairs and decodes.size:
-            ranked += Split(situation, prefill, decode, need, goal).best(prefills, decodes)
-        if len(whole):
-            ranked += Whole(situation, whole, need, goal).best(_with_room(whole, may_whole, need))
-        if decodes.size:
-            straight = Whole(situation, decode, need, goal)
-            ranked += straight.best(_unfelt(straight, decode, decodes, ranked))
+        ranked = _ranked(situation, need, prefills if pairs else prefills[:0], decodes, _with_room(whole, wholes, need))
         if not ranked:  # whoever has room must not be asked
             return super().decide(situation, need)
-        ranked.sort(key=itemgetter(0))
+        if patient:
+            late = is_late(ranked[0].candidate(), need)
+            if late:
+                unhurried = replace(need, slo=replace(need.slo, ttft_s=None))
+                ranked = _ranked(situation, unhurried, calm(prefill, prefills, need), decodes, _with_room(whole, wholes, need))
+                if not ranked or not in_a_lull(ranked[0]):
+                    return Decision(WAITS)
+            if crowded(ranked[0], need, late):
+                return Decision(WAITS if late else CROWDED)
         candidates = tuple(one.candidate() for one in ranked[:KEPT])
         return Decision(candidates[0].pair, candidates, _why(candidates))
+
+
+def _ranked(situation: Situation, need: Need, prefills: Rows, decodes: Rows, wholes: Rows) -> list[Ranked]:
+    """Placements on these rows, the best one first."""
+    prefill, decode, whole = situation.prefill, situation.decode, situation.whole
+    goal = Goal.of(need)
+    ranked: list[Ranked] = []
+    if prefills.size and decodes.size:
+        ranked += Split(situation, prefill, decode, need, goal).best(prefills, decodes)
+    if len(whole):
+        ranked += Whole(situation, whole, need, goal).best(wholes)
+    if decodes.size:
+        straight = Whole(situation, decode, need, goal)
+        ranked += straight.best(_unfelt(straight, decode, decodes, ranked))
+    ranked.sort(key=itemgetter(0))
+    return ranked
 
 
 def _rows(mask: Mask) -> Rows:
@@ -62,7 +91,8 @@ def _with_room(pool: Pool, may: Mask, need: Need) -> Rows:
 def _unfelt(straight: Whole, decode: Pool, rows: Rows, others: list[Ranked]) -> Rows:
     """Decode workers that may compute the whole request: their streams would feel the prompt, so only where that is hardly more
     than a gap. None of those that cannot be quicker than the best of the others, if that harms nobody."""
-    may = (decode.running == 0) | (decode.cost.prefill_token_s * straight.new <= decode.gap_now_s)
+    may = decode.waiting_tokens == 0
+    may &= (decode.running == 0) | (decode.cost.prefill_token_s * straight.new <= decode.gap_now_s)
     rows = rows[may[rows]]
     if rows.size and others:
         best = min(others, key=itemgetter(0))

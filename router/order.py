@@ -1,6 +1,7 @@
 """Who is next among the waiting requests of one class and tenant. Deciding code.
 
-`slack`: whoever must start soonest to keep its limits; who can keep them no more goes behind those who can.
+`slack`: whoever must start soonest to keep its limits; who can keep them no more goes behind those who can. Where the policy
+says when places begin with the next prompt, those go first of whom most will keep their limits (`router.lookahead`).
 `fcfs`: who came first. `mlfq`: skip-join multi-level feedback queue, quick prompts first (FastServe, section 4.1); requests
 run here until they end, so nobody is demoted, and whoever has waited `PROMOTE_S` joins the first level.
 """
@@ -9,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import Protocol
 
 from core.request import Slo
 from router.attempt import NO_LIMITS
 from router.heap import KeyedHeap
+from router.lookahead import LOOKED_AHEAD, Job, most_in_time
 
 UNLIMITED_S = 60.0
 """A request without limits counts as one that should start within this time."""
@@ -55,12 +58,12 @@ class Waiting:
 
 
 class Order(Protocol):
-    """Of one class and tenant. Times never go back."""
+    """Of one class and tenant. Times never go back. `begins_s`: in how many seconds each place begins with the next prompt."""
 
     def __len__(self) -> int: ...
     def add(self, waiting: Waiting) -> None: ...
     def discard(self, request_id: str) -> None: ...
-    def first(self, now: float) -> str | None: ...
+    def first(self, now: float, begins_s: Sequence[float] = ()) -> str | None: ...
 
 
 class Fcfs:
@@ -76,7 +79,7 @@ class Fcfs:
     def discard(self, request_id: str) -> None:
         self._line.pop(request_id, None)
 
-    def first(self, now: float) -> str | None:
+    def first(self, now: float, begins_s: Sequence[float] = ()) -> str | None:
         return next(iter(self._line), None)
 
 
@@ -84,6 +87,7 @@ class Slack:
     def __init__(self) -> None:
         self._in_time = KeyedHeap()
         self._late = Fcfs()
+        self._jobs: OrderedDict[str, Job] = OrderedDict()  # of those in time: what they must have computed, by when
         self._added = 0
 
     def __len__(self) -> int:
@@ -95,19 +99,26 @@ class Slack:
             start_by = waiting.arrived_at + UNLIMITED_S
         self._added += 1
         self._in_time.set(waiting.request_id, (start_by, self._added))
+        self._jobs[waiting.request_id] = Job(start_by + waiting.prefill_s, waiting.prefill_s, waiting.request_id)
 
     def discard(self, request_id: str) -> None:
         self._in_time.discard(request_id)
+        self._jobs.pop(request_id, None)
         self._late.discard(request_id)
 
-    def first(self, now: float) -> str | None:
+    def first(self, now: float, begins_s: Sequence[float] = ()) -> str | None:
         while (first := self._in_time.first()) is not None:
             name, (start_by, _) = first
             if start_by >= now:
-                return name
-            self._in_time.discard(name)
+                return self._ahead(name, now, begins_s) if len(begins_s) and len(self._jobs) > 1 else name
+            self.discard(name)
             self._late.add(Waiting(name))
         return self._late.first(now)
+
+    def _ahead(self, first: str, now: float, begins_s: Sequence[float]) -> str:
+        """Of the first to come; when none of them will be in time, the one that must start soonest."""
+        kept = most_in_time(islice(self._jobs.values(), LOOKED_AHEAD), now, begins_s)
+        return kept[0].name if kept else first
 
 
 class Mlfq:
@@ -129,7 +140,7 @@ class Mlfq:
         if level is not None:
             del self._levels[level][request_id]
 
-    def first(self, now: float) -> str | None:
+    def first(self, now: float, begins_s: Sequence[float] = ()) -> str | None:
         for level in self._levels[1:]:
             while level and now - next(iter(level.values())) >= PROMOTE_S:
                 name = next(iter(level))

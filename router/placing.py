@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from core.blocks import BlockKey
@@ -28,6 +28,8 @@ from router.view import NOTHING, Claim, Claims, ClusterView, Held
 log = logging.getLogger(__name__)
 
 INDEX_BLOCKS_MAX = 1_000_000
+PATIENT_S = 10.0
+"""How long after its arrival a policy may let a request wait beside free places."""
 
 
 class Placer:
@@ -79,14 +81,17 @@ class Placer:
     def need(
         self, journey: Journey, avoid: frozenset[str], prefer: Pair | None, keys: tuple[BlockKey, ...], now: float
     ) -> Need:
-        """What the journey asks for now. Of its TTFT limit, what is left; whoever has tokens out cannot miss it any more."""
+        """What the journey asks for now. Of its TTFT limit, what is left; whoever has tokens out cannot miss it any more.
+        It may be made to wait until `PATIENT_S` after its arrival."""
         spec, so_far = journey.spec, len(journey.log)
         slo = spec.slo
         if slo.ttft_s is not None:
             left_s = None if so_far else max(slo.ttft_s - (now - journey.facts.arrived_at), 1e-3)
             slo = replace(slo, ttft_s=left_s)
         tokens = len(spec.prompt) + so_far
-        return Need(tokens, avoid, prefer, keys, slo=slo, output_tokens=self.answer(spec, so_far), now=now)
+        fresh = now - journey.facts.arrived_at < PATIENT_S
+        may_wait = fresh and not so_far and prefer is None and spec.choice == 0
+        return Need(tokens, avoid, prefer, keys, slo=slo, output_tokens=self.answer(spec, so_far), now=now, may_wait=may_wait)
 
     def decide(self, situation: Situation, need: Need, journey: Journey) -> Decision:
         """The policy's choice, kept with what is predicted of it: also where the policy itself predicts nothing."""
@@ -130,6 +135,10 @@ class Placer:
         where = claim.prefill or claim.decode
         if keys and where is not None and self.index is not None:
             self.index.expect(where, keys, now)
+
+    def begins_s(self, situation: Situation, now: float) -> Sequence[float]:
+        """As the policy sees it."""
+        return self._policy.begins_s(situation, now)
 
     def lost(self, worker: str) -> None:
         """Its session is over: it may have forgotten everything."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -34,6 +36,7 @@ class Need:
 
     `keys` are those of the prompt's full blocks, empty unless the policy asks for them. `draw` is a number from 0 to
     2^64 − 1, for policies that leave something to chance. `output_tokens` may still be generated. `now` is the time.
+    `may_wait`: a policy may say nobody although there is room; not of who has tokens out or has waited for long.
     """
 
     tokens: int
@@ -44,14 +47,17 @@ class Need:
     slo: Slo = NO_LIMITS
     output_tokens: int = 0
     now: float = 0.0
+    may_wait: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Nobody:
-    """`busy`: workers are connected but have no room, so waiting helps."""
+    """`busy`: workers are connected but have no room, so waiting helps. `again_s`: after which it is of use to ask again though
+    nothing else has happened."""
 
     reason: str
     busy: bool
+    again_s: float = math.inf
 
 
 class Candidate(NamedTuple):
@@ -94,6 +100,11 @@ class Policy(Protocol):
         """Whether it looks at `Need.keys`: they cost a microsecond per block."""
         ...
 
+    def begins_s(self, situation: Situation, now: float) -> Sequence[float]:
+        """In how many seconds each place begins with the next prompt: then requests wait in the order in which most keep their
+        limits. Empty: in that of their limits alone."""
+        ...
+
     def decide(self, situation: Situation, need: Need) -> Decision:
         """Names connected workers, none of `need.avoid`. Never raises, whatever workers report."""
         ...
@@ -106,6 +117,9 @@ class Scored:
     """
 
     wants_keys = False
+
+    def begins_s(self, situation: Situation, now: float) -> Sequence[float]:
+        return ()
 
     def prefill_scores(self, situation: Situation, pool: Pool, need: Need) -> tuple[Column, ...]:
         """Scores and tie-breakers, lower is better."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from router.fairness import VirtualCounters
@@ -36,6 +36,7 @@ class WaitQueue:
         shares: Mapping[str, float] = WHOLE,
     ) -> None:
         self.bound = max_waiting
+        self.begins_s: Callable[[float], Sequence[float]] = lambda now: ()  # when places begin with the next prompt
         self._order = order
         self._counters = counters or VirtualCounters()
         self._aging_s = aging_s
@@ -118,7 +119,8 @@ class WaitQueue:
         overdue = self._overdue(now)
         if overdue is not None and self._passed_over >= AGED_EVERY - 1:
             return overdue
-        return self._levels[-self._ranks[0]].first(now) if self._ranks else None
+        begins_s = self.begins_s(now) if len(self._new) > 1 else ()
+        return self._levels[-self._ranks[0]].first(now, begins_s) if self._ranks else None
 
     def ahead_of(self, tenant: str, priority: int) -> int:
         """About how many requests would go before one of this tenant and priority that came now."""
@@ -161,13 +163,13 @@ class _Level:
             del self.lines[waiting.tenant]
             self._turns.discard(waiting.tenant)
 
-    def first(self, now: float) -> str | None:
+    def first(self, now: float, begins_s: Sequence[float]) -> str | None:
         """Counters only grow, so a turn that is outdated is too early: it is put right when it comes up."""
         while (turn := self._turns.first()) is not None:
             tenant, (counter,) = turn
             known = self._counters.counter(tenant)
             if known <= counter:
-                return self.lines[tenant].first(now)
+                return self.lines[tenant].first(now, begins_s)
             self._turns.set(tenant, (known,))
         return None
 

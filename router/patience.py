@@ -1,0 +1,83 @@
+"""When to keep a request although there is room: what `goodput` knows beyond choosing. Deciding code.
+
+A prompt that is sent ahead is computed in its turn, whoever comes meanwhile; while it waits at the router, others may still go
+before it. So a worker gets the next prompt when it has less than a step of them left. A request that nobody can serve within
+its limits any more, and one that would push everybody's gaps over theirs, is lost or makes others be: it waits for a lull.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from router.forecast import Ranked, Split
+from router.policy import Candidate, Need, Nobody
+from router.pools import Mask, Pool, Rows
+from router.situation import Situation
+
+AHEAD_TOKENS = 1024
+"""Of prompts, left to compute where the next one is sent to: a step is filled up with the prompt behind."""
+CALM_S = 1e-3
+"""Left to compute where a prompt may be sent that can keep no limit."""
+GAP_OVER, GAP_OVER_LATE = 1.08, 1.03
+"""Part of its limit that a predicted gap may fill; that of a request which is late anyway. Above one, because predictions count
+everybody who is known to come as staying."""
+TOO_LATE = 1.15
+"""Times its limit that a first token must be predicted to take for the request to count as lost: predictions err."""
+OUT_OF_TIME_S = 2e-3
+"""Of a limit; whose limit has passed is said to have a millisecond left (`router.placing`)."""
+SOON_S = 2e-3
+LULL_S = 0.05
+"""After how long to look again, at least; for a lull, which mostly comes when somebody ends."""
+
+
+def has_room(pool: Pool, need: Need) -> Mask:
+    """Where there is less than a step of prompts left to compute."""
+    return np.asarray((pool.prefills == 0) | (pool.queue_s(need.now) <= pool.prefill_s(float(AHEAD_TOKENS))))
+
+
+def room_in_s(pools: list[tuple[Pool, Mask]], now: float) -> float:
+    """Until one of the allowed workers has."""
+    left = [(pool.queue_s(now) - pool.prefill_s(float(AHEAD_TOKENS)))[may].min() for pool, may in pools if may.any()]
+    soonest_s = float(min(left, default=LULL_S))
+    return max(soonest_s, SOON_S) if math.isfinite(soonest_s) else LULL_S
+
+
+def is_late(best: Candidate, need: Need) -> bool:
+    """Whether its first token will come after its limit, wherever it goes."""
+    return need.slo.ttft_s is not None and best.ttft_s > max(TOO_LATE * need.slo.ttft_s, OUT_OF_TIME_S)
+
+
+def calm(prefill: Pool, rows: Rows, need: Need) -> Rows:
+    """Those of `rows` that have nothing else to do, where somebody else is left for who comes next."""
+    if len(prefill) > 1 and rows.size < 2:
+        return rows[:0]
+    return rows[prefill.queue_s(need.now)[rows] <= CALM_S]
+
+
+def crowded(best: Ranked, need: Need, late: bool) -> bool:
+    """Whether gaps would be over the limit where it goes, for it and for those who run there."""
+    limits = [limit for limit in (need.slo.tbt_s, need.slo.tpot_s) if limit is not None]
+    if not limits or not best.runs_beside():
+        return False
+    return best.candidate().step_s > (GAP_OVER_LATE if late else GAP_OVER) * min(limits)
+
+
+def in_a_lull(best: Ranked) -> bool:
+    """Whether it harms nobody there, beside itself."""
+    return isinstance(best.made, Split) or not best.runs_beside() or best.rank[0] == 0
+
+
+WAITS = Nobody("its first token is too late already: it waits for a lull", busy=True, again_s=LULL_S)
+CROWDED = Nobody("token gaps would be over their limit wherever it goes", busy=True, again_s=LULL_S)
+"""What a policy says."""
+
+
+def filled(prefill: Pool, may: Mask, whole: Pool, may_whole: Mask, now: float) -> Nobody:
+    return Nobody("every worker has prompts enough", busy=True, again_s=room_in_s([(prefill, may), (whole, may_whole)], now))
+
+
+def begins_s(situation: Situation, now: float) -> list[float]:
+    """In how many seconds each worker that computes prompts begins with the next one."""
+    return [wait for pool in (situation.prefill, situation.whole) if len(pool) for wait in pool.queue_s(now).tolist()]
