@@ -54,6 +54,7 @@ class Announcer:
         self._pause_s = PAUSE_MIN_S
         self._refused = False  # at the last join: a newer self of ours is there, or another of our name
         self._everything = False
+        self._unknown = False  # the directory holds nothing of ours
         self._unsaid: Changes | None = None  # told to the directory until it says that it heard
         self._news = asyncio.Event()
 
@@ -102,7 +103,11 @@ class Announcer:
 
     async def _join(self) -> None:
         if not await self._directory.join(self._record(), self._ttl_s):
-            self._everything = True
+            self._everything, self._unknown, self._unsaid = (
+                True,
+                True,
+                None,
+            )  # what it did not hear is part of everything, or gone since
         self._refused = False
         self._met(await self._directory.nodes())
         self._join_at = self._clock.now() + self._every_s
@@ -124,7 +129,9 @@ class Announcer:
         return len(added) + len(removed) >= KEYS_MAX
 
     async def _next(self) -> Changes:
-        asked, self._everything = self._everything, False
+        if self._everything and not self._unknown and self.announced:
+            await self._begin_anew()
+        asked, self._everything, self._unknown = self._everything, False, False
         changes = self._unsaid = self._inventory.changes(KEYS_MAX, everything=asked)
         if changes.added:
             self._added(changes.added)
@@ -132,6 +139,12 @@ class Announcer:
             await self.leave()  # what it believes of us is not worth correcting piece by piece
             await self._directory.join(self._record(), self._ttl_s)
         return changes
+
+    async def _begin_anew(self) -> None:
+        """What it knows of us is forgotten first: removals that were not said yet are not part of everything."""
+        source = self._record().source
+        await self._directory.leave(source.worker_id, source.epoch)
+        await self._directory.join(self._record(), self._ttl_s)
 
     async def _pause(self) -> None:
         self._join_at = self._clock.now()

@@ -116,7 +116,7 @@ class SimAnnouncer:
         self._join_at = events.now()
         self._every_s = ttl_s / 3 / JOINS_WHILE_YOUNG
         self._pause_s = PAUSE_MIN_S
-        self._everything = False
+        self._everything = self._unknown = False  # all is to be said; the directory holds nothing of ours
         self._unsaid: Changes | None = None
         self._asking = False
         self._first_at: float | None = None  # of news that are being gathered
@@ -159,7 +159,8 @@ class SimAnnouncer:
             self._pause()
             return
         known, nodes = answer
-        self._everything = self._everything or not known
+        if not known:  # what was not heard is part of everything, or gone since
+            self._everything, self._unknown, self._unsaid = True, True, None
         self._met(nodes)
         self._join_at = self._events.now() + self._every_s
         self._every_s = min(2 * self._every_s, self._ttl_s / 3)
@@ -169,7 +170,10 @@ class SimAnnouncer:
         node, changes = self._node, self._unsaid
         if not node.alive:
             return
-        self._first_at = None
+        if changes is None and self._everything and not self._unknown:
+            self._begin_anew()
+            return
+        self._first_at, self._unknown = None, False
         if changes is None:
             changes = self._unsaid = node.inventory.changes(KEYS_MAX, everything=self._everything)
             self._everything = False
@@ -186,6 +190,25 @@ class SimAnnouncer:
             lambda table, now: table.announce(node.name, node.epoch, delta, now),
             lambda known: self._announced(known, count),
         )
+
+    def _begin_anew(self) -> None:
+        """What it knows of us is forgotten first: removals that were not said yet are not part of everything."""
+        node, ttl_s = self._node, self._ttl_s
+        self._asking = True
+
+        def question(table: LocalDirectory, now: float) -> bool:
+            table.leave(node.name, node.epoch, now)
+            table.join(node.node_record(), ttl_s, now)
+            return True
+
+        self._directory.ask(node.name, question, self._begun)
+
+    def _begun(self, answer: bool | None) -> None:
+        self._unknown = answer is not None
+        if self._unknown:
+            self._announce()
+        else:
+            self._pause()
 
     def _announced(self, known: bool | None, count: int) -> None:
         if known is None:

@@ -104,11 +104,14 @@ class SimExports:
             self._remove(offer)
 
     def expire(self, now: float) -> None:
-        """A puller that lives and can reach us renews its lease all the time; of the others the time runs out."""
+        """A puller that goes on and can reach us renews its lease all the time; of the others the time runs out, also of one
+        whose word that it needs nothing more was lost."""
         worker = self._worker
         for key, offer in self._offers.items():
             puller = offer.puller
-            if puller is not None and puller.alive and worker.site.post.together(puller.name, worker.name):
+            if puller is None or not puller.alive or not puller.ingests.pulls(key):
+                continue
+            if worker.site.post.together(puller.name, worker.name):
                 offer.export.renew(now)
                 worker.inventory.renew(key, now + self._lease_s)
         expired = set(worker.inventory.expire(now))

@@ -63,6 +63,11 @@ class SimIngests:
         """A list per reservation, and per hand-over that waits for the step under way to end."""
         return [each.blocks for each in self._reservations.values()] + list(self._landing.values())
 
+    def pulls(self, key: AttemptKey) -> bool:
+        """Whether it is still being filled."""
+        reservation = self._reservations.get(key)
+        return reservation is not None and reservation.source is not None
+
     def reserve(self, item: WorkItem) -> None:
         """Answered at once, yes or no: the rules of `decode_worker.service` and `decode_worker.ingest`."""
         worker, key, size = self._worker, item.key, self._size

@@ -173,6 +173,31 @@ async def test_asked_to_it_says_everything_again():
         await until(lambda: world.heard == KEYS[:3] * 2)
 
 
+async def test_asked_to_say_everything_it_does_not_forget_what_went():
+    async with announcing(ttl_s=60.0) as world:
+        world.put(KEYS[:5])
+        await until_knows(world.directory, KEYS, 5)
+        world.inventory.evict(KEYS[2:3])  # nobody has been told
+        world.announcer.again()
+        await until(lambda: len(world.heard) == 9)
+        await until_knows(world.directory, KEYS[3:], 2)
+        assert await world.directory.knows(KEYS) == 2, "the one that went is not named"
+
+
+async def test_what_a_lost_directory_did_not_hear_is_not_said_once_it_is_gone():
+    async with announcing() as world:
+        world.put(KEYS[:5])
+        await until_knows(world.directory, KEYS, 5)
+        world.directory.away = True
+        world.put(KEYS[5:9])
+        await until(lambda: world.announcer.failures >= 1)
+        world.inventory.evict(KEYS[5:6])
+        world.directory.restart()
+        world.directory.away = False
+        await until_knows(world.directory, KEYS[6:], 3)
+        assert await world.directory.knows(KEYS) == 5
+
+
 async def test_who_leaves_is_not_found_any_more():
     async with announcing() as world:
         world.put(KEYS[:3])

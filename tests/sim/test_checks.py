@@ -53,6 +53,12 @@ def test_a_partition_is_noticed_and_healed():
     assert result.report["failovers"] > 0
 
 
+@pytest.mark.parametrize("seed", [70028, 70048, 70198, 70134])
+def test_what_once_broke_a_rule_does_not_again(seed):
+    """A directory that was lost is not told what is gone; a puller whose last word was lost does not keep its export."""
+    story_of(seed).play()
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
