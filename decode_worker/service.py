@@ -150,9 +150,9 @@ class DecodeHandler:
     def on_step(self, output: StepOutput, started: float) -> None:
         for key in output.joined:
             self._joined(key, started)
-        for prefilled in output.prefilled:  # before its token, which may be the last
-            self._links.send(PrefillDone(prefilled.key, prefilled.timing, prefilled.cached_tokens))
         self._links.send_tokens(output.tokens)
+        for prefilled in output.prefilled:
+            self._links.send(PrefillDone(prefilled.key, prefilled.timing, prefilled.cached_tokens))
         self._links.lose(output)
         for key in output.left:
             self._landed.pop(key, None)

@@ -26,12 +26,7 @@ class Publisher:
         self._exports = exports
 
     def on_step(self, output: StepOutput, started: float) -> None:
-        """The first token goes out before anything else is done with the step: it never waits for the transfer.
-
-        What its prompt took goes before it in the same message: an answer of one token ends with that one.
-        """
-        for prefilled in output.prefilled:
-            self._links.send(PrefillDone(prefilled.key, prefilled.timing, prefilled.cached_tokens))
+        """The first token goes out before anything else is done with the step: it never waits for the transfer."""
         self._links.send_tokens(output.tokens)
         for committed in output.committed:
             self._exports.announce(committed.key, committed.records)
@@ -53,3 +48,4 @@ class Publisher:
     def _on_prefilled(self, prefilled: Prefilled) -> None:
         self.computing.discard(prefilled.key)
         self._exports.close_(prefilled.key, prefilled.closing, prefilled.partial)
+        self._links.send(PrefillDone(prefilled.key, prefilled.timing, prefilled.cached_tokens))

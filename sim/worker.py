@@ -237,16 +237,15 @@ class SimWorker:
         talk = self.talk
         for key in output.joined:
             self.ingests.joined(key, self._began)
-        for prefilled in output.prefilled:
-            talk.event(
-                prefilled.key, ev.PrefillDone(self.name, prefilled.key.attempt, prefilled.timing, prefilled.cached_tokens)
-            )
         if output.tokens:
             talk.tokens(output.tokens)
         for committed in output.committed:
             self.exports.announce(committed.key, _upto(committed))
         for prefilled in output.prefilled:
             self.exports.close(prefilled)
+            talk.event(
+                prefilled.key, ev.PrefillDone(self.name, prefilled.key.attempt, prefilled.timing, prefilled.cached_tokens)
+            )
         for key in talk.lose(output):
             self.exports.revoke(key, "the prompt could not be computed")
         for key in output.left:

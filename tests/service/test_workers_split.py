@@ -66,8 +66,8 @@ async def test_timings_and_counts_of_a_hand_off():
         opened = await router.start(long)
         assert opened.ticket.source.worker_id == "prefill-0"
         await router.hand_off(long, opened)
-        done = await router.prefill.expect(long.key, pb.PrefillDone)
         await router.prefill.expect(long.key, pb.GeneratedToken)
+        done = await router.prefill.expect(long.key, pb.PrefillDone)
         joined = await router.decode.expect(long.key, pb.Joined)
         first = await router.decode.expect(long.key, pb.GeneratedToken)
         assert first.position == 1
