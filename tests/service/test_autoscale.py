@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.service, pytest.mark.timeout(180)]
 
 CONFIG = """
 engine: {kv_bytes: 8MiB, max_step_tokens: 64, threads: 1}
-cluster: {heartbeat_s: 0.2, autoscale: auto, autoscale_max: 2, autoscale_quiet_s: 600}
+cluster: {heartbeat_s: 0.2, dead_after_s: 60, autoscale: auto, autoscale_max: 2, autoscale_quiet_s: 600}
 store: {nodes: 0}
 """
 PARAMS = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
