@@ -28,6 +28,11 @@ class _Link:
     attached: bool = True
 
 
+def ended(output: StepOutput) -> set[AttemptKey]:
+    """Whose answer ends with this step. What its prompt took is said before that token: nobody listens after it."""
+    return {token.key for token in output.tokens if token.finish_reason is not None}
+
+
 class RouterLinks:
     """Routes events to the router that owns an attempt. Used from the asyncio thread only; nothing here waits but `drained`.
 

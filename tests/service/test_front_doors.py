@@ -56,6 +56,13 @@ def nothing_is_left_over(cluster: Cluster) -> Iterator[None]:
         eventually(idle)
 
 
+def test_an_answer_of_one_token_says_what_its_prompt_took(client: Client) -> None:
+    """Its first token is its last: what the worker says of the prompt must not come after it."""
+    result = client.generate("an answer of one token " * 8, SamplingParams(max_tokens=1, temperature=0.0))
+    assert result.usage.completion_tokens == 1
+    assert result.timing.ttft_s > result.timing.prefill_s > 0
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_both_doors_give_the_same_answer(client: Client, http: openai.OpenAI, temperature: float) -> None:
     params = SamplingParams(max_tokens=24, temperature=temperature, seed=11, n=2, logprobs=2)
