@@ -19,8 +19,8 @@ from engine.role import Terms
 from kvtransfer.puller import IngestResult
 from worker.bridge import EngineThread
 from worker.kv_plane import KvPlane
-from worker.links import RouterLinks, ended
-from worker.messages import GenerateLocal, Joined, OpenHandoff, Opening, PrefillDone, Reserve, Reserved
+from worker.links import RouterLinks
+from worker.messages import GenerateLocal, Joined, OpenHandoff, Opening, Reserve, Reserved
 
 STAYS = Terms(hand_over=False)
 
@@ -150,15 +150,7 @@ class DecodeHandler:
     def on_step(self, output: StepOutput, started: float) -> None:
         for key in output.joined:
             self._joined(key, started)
-        over = ended(output)
-        done = [(one.key, PrefillDone(one.key, one.timing, one.cached_tokens)) for one in output.prefilled]
-        for key, event in done:
-            if key in over:
-                self._links.send(event)
-        self._links.send_tokens(output.tokens)
-        for key, event in done:
-            if key not in over:
-                self._links.send(event)
+        self._links.send_step(output)
         self._links.lose(output)
         for key in output.left:
             self._landed.pop(key, None)

@@ -103,11 +103,8 @@ class Announcer:
 
     async def _join(self) -> None:
         if not await self._directory.join(self._record(), self._ttl_s):
-            self._everything, self._unknown, self._unsaid = (
-                True,
-                True,
-                None,
-            )  # what it did not hear is part of everything, or gone since
+            self._everything = self._unknown = True
+            self._unsaid = None  # what it did not hear is part of everything, or gone since
         self._refused = False
         self._met(await self._directory.nodes())
         self._join_at = self._clock.now() + self._every_s

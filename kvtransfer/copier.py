@@ -29,9 +29,7 @@ T = TypeVar("T")
 _Index = slice | npt.NDArray[np.intp]
 
 INLINE_BYTES_MAX = 2 * 2**20  # copied on the spot: half a millisecond, and a thread is heard of later than that
-SHARE_BYTES_MIN = (
-    4 * 2**20
-)  # of one thread: one core does not use up what the memory can do, and less than this is done by then
+SHARE_BYTES_MIN = 4 * 2**20  # of one thread: one core does not use up what the memory can do
 DIGEST_SPAN_BYTES = 2**20  # copied, then digested while still in the core's cache
 PLAIN_SPAN_BYTES = 16 * 2**20  # so long that memcpy goes around the cache, so short that a stop is heard within milliseconds
 

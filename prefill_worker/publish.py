@@ -8,8 +8,7 @@ from engine.output import Prefilled, StepOutput
 from kvtransfer.exports import Exports
 from kvtransfer.handoff import ExportState
 from worker.bridge import EngineThread
-from worker.links import RouterLinks, ended
-from worker.messages import PrefillDone
+from worker.links import RouterLinks
 
 
 class Publisher:
@@ -27,17 +26,11 @@ class Publisher:
 
     def on_step(self, output: StepOutput, started: float) -> None:
         """The first token goes out before anything else is done with the step: it never waits for the transfer."""
-        over = ended(output)
-        for prefilled in output.prefilled:
-            if prefilled.key in over:
-                self._tell(prefilled)
-        self._links.send_tokens(output.tokens)
+        self._links.send_step(output)
         for committed in output.committed:
             self._exports.announce(committed.key, committed.records)
         for prefilled in output.prefilled:
             self._on_prefilled(prefilled)
-            if prefilled.key not in over:
-                self._tell(prefilled)
         self.computing.difference_update(output.left)
         for key in self._links.lose(output):
             self._exports.revoke(key, "the prompt could not be computed")
@@ -54,6 +47,3 @@ class Publisher:
     def _on_prefilled(self, prefilled: Prefilled) -> None:
         self.computing.discard(prefilled.key)
         self._exports.close_(prefilled.key, prefilled.closing, prefilled.partial)
-
-    def _tell(self, prefilled: Prefilled) -> None:
-        self._links.send(PrefillDone(prefilled.key, prefilled.timing, prefilled.cached_tokens))

@@ -62,7 +62,7 @@ class Ranked(NamedTuple):
 
     def runs_beside(self) -> float:
         """Requests that decode where it would."""
-        return self.made.decode_pool.running.item(self.decode)
+        return self.made.running(self.decode)
 
 
 _FIRST = np.zeros(1, np.int64)
@@ -92,7 +92,6 @@ class Split:
 
     def __init__(self, situation: Situation, prefill: Pool, decode: Pool, need: Need, goal: Goal) -> None:
         self._prefill, self._decode, self._goal = prefill, decode, goal
-        self.decode_pool = decode
         cached = matched_tokens(situation, prefill, need)
         new, self._queue_s, self._prefill_s = _prompt(situation, prefill, need, cached)
         computed_s = self._queue_s + self._prefill_s
@@ -128,6 +127,9 @@ class Split:
                 pairs.append(Ranked(rank, self, p, d))
         return pairs
 
+    def running(self, d: int) -> float:
+        return self._decode.running.item(d)
+
     def candidate(self, rank: Rank, p: int, d: int) -> Candidate:
         prefill, decode, goal = self._prefill, self._decode, self._goal
         step_s, late_s = self._step_s.item(d), self._late_s(p, d)
@@ -161,7 +163,6 @@ class Whole:
 
     def __init__(self, situation: Situation, pool: Pool, need: Need, goal: Goal) -> None:
         self._situation, self._pool, self._need, self._goal = situation, pool, need, goal
-        self.decode_pool = pool
         self._cached = matched_tokens(situation, pool, need)
         self.new = need.tokens - self._cached
 
@@ -196,6 +197,9 @@ class Whole:
             )
             for row in _best(may, missed, total_s)
         ]
+
+    def running(self, row: int) -> float:
+        return self._pool.running.item(row)
 
     def candidate(self, rank: Rank, _: int, row: int) -> Candidate:
         pool, gap_s = self._pool, self._gap_s.item(row)

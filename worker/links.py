@@ -13,7 +13,7 @@ from core.errors import DeadlineExceededError, InternalError, OutOfBlocksError, 
 from core.request import AttemptKey, TokenEvent
 from engine.output import StepOutput
 from worker.attempts import Admitted, AttemptTable, Peer, Refused
-from worker.messages import AttemptEvent, AttemptFailed, Event, StepTokens
+from worker.messages import AttemptEvent, AttemptFailed, Event, PrefillDone, StepTokens
 from worker.outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -26,11 +26,6 @@ class _Link:
     outbox: Outbox
     lease_s: float
     attached: bool = True
-
-
-def ended(output: StepOutput) -> set[AttemptKey]:
-    """Whose answer ends with this step. What its prompt took is said before that token: nobody listens after it."""
-    return {token.key for token in output.tokens if token.finish_reason is not None}
 
 
 class RouterLinks:
@@ -149,6 +144,19 @@ class RouterLinks:
         owner = self.table.owner(event.key)
         if owner is not None:
             self.reply(owner, event)
+
+    def send_step(self, output: StepOutput) -> None:
+        """Tokens, and what prompts took behind them; of an answer that ends with its first token before it: nobody listens
+        after that one."""
+        over = {token.key for token in output.tokens if token.finish_reason is not None}
+        done = [PrefillDone(one.key, one.timing, one.cached_tokens) for one in output.prefilled]
+        for event in done:
+            if event.key in over:
+                self.send(event)
+        self.send_tokens(output.tokens)
+        for event in done:
+            if event.key not in over:
+                self.send(event)
 
     def send_tokens(self, tokens: Iterable[TokenEvent]) -> None:
         """All tokens of one engine step: one message per router."""
