@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -129,15 +130,23 @@ class Replicas:
                 plane.exports.drop(holder)
 
     async def _give_up(self, plane: StorePlane, keys: Sequence[BlockKey]) -> None:
-        """Only what somebody else has: a copy may have become the last one. What is held or pinned has its turn later."""
+        """Only what somebody else has: a copy may have become the last one. What is held or pinned has its turn later.
+
+        Raises DirectoryError, and TransferError when the disk does not answer; what is left then has its turn later too."""
         us = plane.node.source().worker_id
-        for key in keys:
-            located = await self._directory.locate([key])
-            elsewhere = any(holder.worker_id != us for held in located.holders for holder in held)
-            if elsewhere and await self._store.evict([key]):
-                self.given_up += 1
-            elif not elsewhere or _has(plane, key):
-                self._copies.made(self._clock.now(), [key])
+        waiting = deque(keys)
+        try:
+            while waiting:
+                key = waiting[0]
+                located = await self._directory.locate([key])
+                elsewhere = any(holder.worker_id != us for held in located.holders for holder in held)
+                if elsewhere and await self._store.evict([key]):
+                    self.given_up += 1
+                elif not elsewhere or _has(plane, key):
+                    self._copies.made(self._clock.now(), [key])
+                waiting.popleft()
+        finally:  # a directory or a disk that fails now: else nobody would ever look at the rest again
+            self._copies.made(self._clock.now(), waiting)
 
 
 def _by_owner(plane: StorePlane, records: Sequence[BlockRecord]) -> dict[tuple[bytes, float], list[BlockRecord]]:

@@ -11,7 +11,7 @@ from core.blocks import KvSource
 from core.clock import ManualClock, SystemClock
 from core.request import AttemptKey, WorkerRole
 from kvtransfer.arena import host_id
-from kvtransfer.directory import NodeRecord, Tier
+from kvtransfer.directory import DirectoryError, NodeRecord, Tier
 from kvtransfer.local_directory import ClockedDirectory, LocalDirectory
 from kvtransfer.store_replicas import Replicas
 
@@ -146,3 +146,30 @@ async def test_a_cold_copy_that_is_held_or_pinned_has_its_turn_later(hosts):
         if not given_up:
             await hosts.second.client.drop()
         hosts.second.node.unpin([pinned] if given_up else [])
+
+
+async def test_copies_whose_turn_comes_while_the_directory_fails_have_their_turn_later(hosts, monkeypatch):
+    hot = keys_of("hot", 3)
+    await hosts.first.client.offer(hosts.worker, hot)
+    await hosts.join()
+    await hosts.at_first.turn()
+    await hosts.read(hosts.first, hot, HITS)
+    await hosts.at_first.turn()
+    await hosts.directory.announce("store-0", 9, [(key, Tier.DRAM) for key in hot], [])
+    locate, asked = hosts.directory.locate, []
+
+    async def locate_but_once(keys):
+        asked.append(keys)
+        if len(asked) == 2:
+            raise DirectoryError("the directory does not answer")
+        return await locate(keys)
+
+    monkeypatch.setattr(hosts.directory, "locate", locate_but_once)
+    hosts.clock.advance(400.0)
+    with pytest.raises(DirectoryError):
+        await hosts.at_second.turn()
+    assert (hosts.at_second.given_up, hosts.at_second.kept) == (1, 2)
+    hosts.clock.advance(400.0)
+    await hosts.at_second.turn()
+    assert (hosts.at_second.given_up, hosts.at_second.kept) == (3, 0)
+    assert not await hosts.second.client.read(hot)

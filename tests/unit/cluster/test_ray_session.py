@@ -44,19 +44,21 @@ def test_a_long_base_is_not_used_because_socket_paths_would_not_fit(tmp_path: Pa
 
 
 def test_children_started_inside_leave_our_process_group_and_others_do_not() -> None:
-    def group() -> int:
-        # With a preexec_fn, as Ray starts its processes.
-        child = subprocess.run(
-            [sys.executable, "-c", "import os; print(os.getpgrp())"],
-            stdout=subprocess.PIPE,
-            check=True,
-            preexec_fn=lambda: None,
-        )
-        return int(child.stdout)
+    """In a process of its own: with a `preexec_fn`, as Ray starts its processes, gRPC's threads do not outlive the fork."""
+    script = """
+import os, subprocess, sys
+from cluster.ray_session import own_process_groups
 
-    with ray_session.own_process_groups():
-        assert group() != os.getpgrp()
-    assert group() == os.getpgrp()
+def group():
+    ask = [sys.executable, "-c", "import os; print(os.getpgrp())"]
+    return int(subprocess.run(ask, stdout=subprocess.PIPE, check=True, preexec_fn=lambda: None).stdout)
+
+with own_process_groups():
+    inside = group()
+print(inside != os.getpgrp(), group() == os.getpgrp())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def test_a_ray_that_does_not_answer_is_refused_at_once() -> None:
