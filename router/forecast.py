@@ -165,6 +165,7 @@ class Whole:
         self._situation, self._pool, self._need, self._goal = situation, pool, need, goal
         self._cached = matched_tokens(situation, pool, need)
         self.new = need.tokens - self._cached
+        self.tokens = need.tokens
 
     def at_best_s(self) -> Column:
         """Less than the time until the last token can be."""
@@ -172,6 +173,12 @@ class Whole:
         new = np.minimum(self.new, need.tokens - self._situation.best_tokens(need.keys, need.tokens))
         token_s = pool.cost.prefill_token_s + pool.cost.prefill_pair_s * (need.tokens - 0.5 * new)
         return np.asarray(token_s * new + self._goal.output_tokens * pool.gap_now_s)
+
+    def handing_over_s(self) -> Column:
+        """What streams would wait here for a prompt that was computed elsewhere: its last chunk, and the turn it joins with."""
+        link = self._situation.view.link
+        moved_bytes = min(self._need.tokens, CHUNK_TOKENS) * self._situation.token_bytes
+        return np.asarray(link.latency_s + moved_bytes / link.bytes_per_s + self._pool.corrections.join_s)
 
     def best(self, may: Rows) -> list[Ranked]:
         """The best of these rows, in no order."""

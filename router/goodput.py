@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
 
+import numpy as np
+
 from router.early_rejection import costs_known
 from router.forecast import Goal, Ranked, Split, Whole
 from router.patience import CROWDED, WAITS, begins_s, calm, crowded, filled, has_room, in_a_lull, is_late
@@ -89,15 +91,20 @@ def _with_room(pool: Pool, may: Mask, need: Need) -> Rows:
 
 
 def _unfelt(straight: Whole, decode: Pool, rows: Rows, others: list[Ranked]) -> Rows:
-    """Decode workers that may compute the whole request: their streams would feel the prompt, so only where that is hardly more
-    than a gap. None of those that cannot be quicker than the best of the others, if that harms nobody."""
+    """Decode workers that may compute the whole request. Streams there would feel it: it must be hardly more than a gap.
+    Where none run, whoever comes next finds the worker busy: it must be short (no more than handing it over) or mostly cached,
+    unless a limit is at risk everywhere else. None of those that cannot be quicker than the best of the others, if that harms
+    nobody."""
+    best = min(others, key=itemgetter(0), default=None)
+    in_need = best is None or best.rank[0] > 0
+    computing_s = decode.cost.prefill_token_s * straight.new
+    short = (computing_s <= straight.handing_over_s()) | (2 * straight.new <= straight.tokens)
     may = decode.waiting_tokens == 0
-    may &= (decode.running == 0) | (decode.cost.prefill_token_s * straight.new <= decode.gap_now_s)
+    idle = decode.running <= decode.coming
+    may &= np.where(idle, short | in_need, computing_s <= decode.gap_now_s)
     rows = rows[may[rows]]
-    if rows.size and others:
-        best = min(others, key=itemgetter(0))
-        if not best.rank[0]:
-            rows = rows[straight.at_best_s()[rows] <= best.rank[2]]
+    if rows.size and best is not None and not best.rank[0]:
+        rows = rows[straight.at_best_s()[rows] <= best.rank[2]]
     return rows
 
 

@@ -12,6 +12,7 @@ from test_policies import KEYS, PROMPT, C, D, P, situation, worker
 
 from core.cost_model import StepCost
 from core.request import Slo, WorkerRole
+from router.calibration import Calibration, Correction
 from router.forecast import ASKING_S, Goal, Split, Whole
 from router.goodput import Goodput
 from router.policy import Decision, Need, Pair, window_open
@@ -75,6 +76,23 @@ def test_a_worker_just_over_the_limit_is_not_given_up():
 def test_a_short_uncached_rest_goes_straight_to_an_idle_decode_worker():
     here = situation(*workers(worker("p0", P, waiting_tokens=400), worker("d0", D)), cached={"d0": 9})
     assert decide(here).place == Pair(None, "d0")
+
+
+def test_a_long_prompt_goes_to_an_idle_decode_worker_only_when_the_pair_would_miss_a_limit():
+    for waiting, place in ((0, Pair("p0", "d0")), (1000, Pair(None, "d0"))):
+        here = situation(*workers(worker("p0", P, waiting_tokens=waiting), worker("d0", D)))
+        assert decide(here).place == place
+
+
+def test_a_short_prompt_goes_straight_where_joining_is_known_to_take_longer_than_computing_it():
+    class SlowToJoin(Calibration):
+        def of(self, worker: str) -> Correction:
+            return Correction(join_s=0.02)
+
+    for tokens, place in ((16, Pair(None, "d0")), (32, Pair("p0", "d0"))):
+        here = situation(*workers(worker("p0", P), worker("d0", D)))
+        here = replace(here, calibration=SlowToJoin())
+        assert Goodput().decide(here, Need(tokens, slo=SLO, output_tokens=50)).place == place
 
 
 def test_a_long_prompt_does_not_stall_a_decode_worker_that_has_streams():
