@@ -86,8 +86,9 @@ def _cpu_s(process: subprocess.Popen[str]) -> float:
 
 
 @contextmanager
-def pools(step_s: float, routers: int, *roles: str) -> Iterator[Pool]:
-    """Workers of these roles and so many routers at one address."""
+def pools(step_s: float, routers: int, *roles: str, policy: str = "least_load") -> Iterator[Pool]:
+    """Workers of these roles and so many routers at one address. The policy is one that always hands over, for the requests
+    that cross two workers are what a router has most to do with."""
     python = (sys.executable, "-m")
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = subprocess.Popen((*python, "benchmarks.router_pool", str(step_s), *roles), **pipes)
@@ -95,7 +96,9 @@ def pools(step_s: float, routers: int, *roles: str) -> Iterator[Pool]:
     with ExitStack() as held:
         try:
             first = _line(workers)
-            config = load(None, {"log_level": "warning", "cluster.grace_s": 1.0, "cluster.routers": routers})
+            config = load(
+                None, {"log_level": "warning", "cluster.grace_s": 1.0, "cluster.routers": routers, "router.policy": policy}
+            )
             if routers > 1:
                 config = with_ports(config, held)
             for number in range(routers):

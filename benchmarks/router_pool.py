@@ -22,7 +22,7 @@ import uvloop
 from core.blocks import KvLayout, KvSource, KvTicket
 from core.request import AttemptKey, WorkerRole
 from core.service import Registration, serve
-from core.wire import key_from_pb, layout_to_pb, role_to_pb, ticket_to_pb
+from core.wire import each_command, key_from_pb, layout_to_pb, role_to_pb, ticket_to_pb
 from tandem.v1 import cluster_pb2, cluster_pb2_grpc
 from tandem.v1 import common_pb2 as pb
 from tandem.v1.decode_pb2_grpc import add_DecodeServicer_to_server
@@ -162,37 +162,56 @@ class Session:
         return pb.SessionEvent(tokens=step)
 
     async def read(self, requests: AsyncIterator[pb.SessionCommand]) -> None:
-        async for command in requests:
-            kind = command.WhichOneof("command")
-            if kind == "cancel":
-                self._running.pop(key_from_pb(command.cancel.key), None)
-                self._limits.pop(key_from_pb(command.cancel.key), None)
-            elif kind == "open_handoff":
-                self._open(command.open_handoff.key)
-            elif kind == "reserve":
-                item = command.reserve.item
-                self._limits[key_from_pb(item.key)] = item.sampling.max_tokens
-                self._tell(pb.SessionEvent(reserved=pb.Reserved(key=item.key, granted=True)))
-            elif kind == "start_prefill":
-                self._prefill(command.start_prefill.item)
+        async for message in requests:
+            for command in each_command(message):
+                self._heed(command)
             self._wake.set()
+
+    def _heed(self, command: pb.SessionCommand) -> None:
+        kind = command.WhichOneof("command")
+        if kind == "cancel":
+            self._running.pop(key_from_pb(command.cancel.key), None)
+            self._limits.pop(key_from_pb(command.cancel.key), None)
+        elif kind == "open_handoff":
+            self._open(command.open_handoff.key)
+        elif kind == "reserve":
+            item = command.reserve.item
+            self._limits[key_from_pb(item.key)] = item.sampling.max_tokens
+            self._tell(pb.SessionEvent(reserved=pb.Reserved(key=item.key, granted=True)))
+        elif kind == "start_prefill":
+            self._prefill(command.start_prefill.item)
+        elif kind == "generate_local":
+            self._generate(command.generate_local.item)
 
     def _prefill(self, item: pb.WorkItem) -> None:
         source = KvSource(self._worker.name, 1, self._worker.address)
         ticket = ticket_to_pb(KvTicket(key_from_pb(item.key), LAYOUT, source, 10.0))
-        first = pb.GeneratedToken(key=item.key, position=0, token_id=TOKEN_ID)
-        first.finish_reason = pb.FINISH_REASON_LENGTH if item.sampling.max_tokens == 1 else pb.FINISH_REASON_UNSPECIFIED
         self._tell(
             pb.SessionEvent(opened=pb.Opened(key=item.key, ticket=ticket)),
-            pb.SessionEvent(tokens=pb.StepTokens(tokens=[first])),
+            pb.SessionEvent(tokens=pb.StepTokens(tokens=[_first_token(item)])),
             pb.SessionEvent(prefill_done=pb.PrefillDone(key=item.key)),
         )
 
+    def _generate(self, item: pb.WorkItem) -> None:
+        """The whole request; its first token comes at once."""
+        self._limits[key_from_pb(item.key)] = item.sampling.max_tokens
+        self._tell(pb.SessionEvent(tokens=pb.StepTokens(tokens=[_first_token(item)])))
+        self._tell(pb.SessionEvent(prefill_done=pb.PrefillDone(key=item.key)))
+        self._run(key_from_pb(item.key))
+
     def _open(self, key: pb.AttemptKey) -> None:
         self._tell(pb.SessionEvent(joined=pb.Joined(key=key)))
-        if self._limits.get(key_from_pb(key), 0) > 1:  # else the first token, which prefill sends, is the last one
-            self._running[key_from_pb(key)] = 1
+        self._run(key_from_pb(key))
+
+    def _run(self, key: AttemptKey) -> None:
+        if self._limits.get(key, 0) > 1:  # else the first token is the last one
+            self._running[key] = 1
             GATE.joined()
+
+
+def _first_token(item: pb.WorkItem) -> pb.GeneratedToken:
+    over = pb.FINISH_REASON_LENGTH if item.sampling.max_tokens == 1 else pb.FINISH_REASON_UNSPECIFIED
+    return pb.GeneratedToken(key=item.key, position=0, token_id=TOKEN_ID, finish_reason=over)
 
 
 class Controller(cluster_pb2_grpc.ClusterServicer):

@@ -43,6 +43,12 @@ def each_event(message: common.SessionEvent) -> Iterator[common.SessionEvent]:
     yield from message.more
 
 
+def each_command(message: common.SessionCommand) -> Iterator[common.SessionCommand]:
+    """What one message of a session asks for, command by command."""
+    yield message
+    yield from message.more
+
+
 def finish_to_pb(reason: FinishReason | None) -> common.FinishReason:
     return common.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH[reason]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 from core import errors
@@ -14,6 +15,9 @@ from tandem.v1 import common_pb2 as pb
 _ERRORS: dict[str, type[TandemError]] = {
     kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TandemError)
 }
+
+COMMANDS_PER_MESSAGE, MESSAGE_BYTES = 32, 2**20
+"""What waits together is sent together, as far as that: a message costs both ends more than what it says."""
 
 Addressed = tuple[str, ev.WorkerEvent]
 """A worker's event and the request id of the journey it belongs to."""
@@ -31,6 +35,17 @@ def hello_to_pb(router_id: str, epoch: int, expected_epoch: int, lease_s: float)
 
 def follow_kv_to_pb(stream: int) -> pb.SessionCommand:
     return pb.SessionCommand(follow_kv=pb.FollowKv(stream=stream))
+
+
+def together(waiting: deque[pb.SessionCommand]) -> pb.SessionCommand:
+    """Takes the next commands and makes one message of them, a large one alone."""
+    message = waiting.popleft()
+    if waiting and (room := MESSAGE_BYTES - message.ByteSize()) > 0:
+        more: list[pb.SessionCommand] = []
+        while waiting and len(more) < COMMANDS_PER_MESSAGE - 1 and (room := room - waiting[0].ByteSize()) > 0:
+            more.append(waiting.popleft())
+        message.more.extend(more)
+    return message
 
 
 def command_to_pb(command: ev.Send, scope: str = "") -> pb.SessionCommand:

@@ -14,7 +14,7 @@ from core.errors import InvalidRequestError
 from core.request import WorkerRole
 from core.service import KEEPALIVE_OPTIONS
 from core.wire import changes_from_pb, each_event
-from router.codec import Addressed, command_to_pb, events_from_pb, follow_kv_to_pb, hello_to_pb
+from router.codec import Addressed, command_to_pb, events_from_pb, follow_kv_to_pb, hello_to_pb, together
 from router.events import Send
 from router.kv_events import KvEvents
 from router.view import ClusterView, WorkerView
@@ -172,7 +172,7 @@ class Link:
     async def _write(self, call: Any) -> None:
         while True:
             while self._out:
-                await call.write(self._out.popleft())
+                await call.write(together(self._out))
             self._flushed.set()
             self._wake.clear()
             await self._wake.wait()

@@ -11,6 +11,7 @@ import grpc
 
 from core.errors import InternalError, InvalidRequestError, StaleEpochError, TandemError
 from core.request import AttemptKey
+from core.wire import each_command
 from tandem.v1 import common_pb2 as pb
 from worker.attempts import Peer
 from worker.codec import command_from_pb, event_to_pb, events_to_pb, key_of
@@ -117,14 +118,19 @@ class SessionServicer:
 
     async def _read(self, requests: AsyncIterator[pb.SessionCommand], peer: Peer) -> None:
         async for message in requests:
-            key = key_of(message)
-            try:
-                self._dispatch(command_from_pb(message), peer)
-            except TandemError as error:
-                self._fail(key, peer, error)
-            except Exception:
-                log.exception("a command for %s failed", key)
-                self._fail(key, peer, InternalError("the worker failed on this command; its log says why"))
+            for command in each_command(message):
+                self._heed(command, peer)
+
+    def _heed(self, message: pb.SessionCommand, peer: Peer) -> None:
+        """One command; what is wrong with it is nobody else's trouble."""
+        key = key_of(message)
+        try:
+            self._dispatch(command_from_pb(message), peer)
+        except TandemError as error:
+            self._fail(key, peer, error)
+        except Exception:
+            log.exception("a command for %s failed", key)
+            self._fail(key, peer, InternalError("the worker failed on this command; its log says why"))
 
     async def _write(self, outbox: Outbox, context: Context) -> None:
         while events := await outbox.head():

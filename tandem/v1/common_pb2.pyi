@@ -229,7 +229,7 @@ class FollowKv(_message.Message):
     def __init__(self, stream: _Optional[int] = ...) -> None: ...
 
 class SessionCommand(_message.Message):
-    __slots__ = ("hello", "start_prefill", "reserve", "open_handoff", "generate_local", "cancel", "follow_kv")
+    __slots__ = ("hello", "start_prefill", "reserve", "open_handoff", "generate_local", "cancel", "follow_kv", "more")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     START_PREFILL_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +237,7 @@ class SessionCommand(_message.Message):
     GENERATE_LOCAL_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     FOLLOW_KV_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     hello: SessionHello
     start_prefill: StartPrefill
     reserve: Reserve
@@ -244,7 +245,8 @@ class SessionCommand(_message.Message):
     generate_local: GenerateLocal
     cancel: CancelAttempt
     follow_kv: FollowKv
-    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., open_handoff: _Optional[_Union[OpenHandoff, _Mapping]] = ..., generate_local: _Optional[_Union[GenerateLocal, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ..., follow_kv: _Optional[_Union[FollowKv, _Mapping]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[SessionCommand]
+    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., start_prefill: _Optional[_Union[StartPrefill, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., open_handoff: _Optional[_Union[OpenHandoff, _Mapping]] = ..., generate_local: _Optional[_Union[GenerateLocal, _Mapping]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping]] = ..., follow_kv: _Optional[_Union[FollowKv, _Mapping]] = ..., more: _Optional[_Iterable[_Union[SessionCommand, _Mapping]]] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("key", "granted", "reason", "cached_tokens")

@@ -20,6 +20,7 @@ from core.cost_model import Fit
 from core.request import AttemptKey, AttemptTiming, FinishReason, TokenEvent, WorkerRole, WorkItem
 from core.service import Registration, serve
 from core.wire import (
+    each_command,
     fit_to_pb,
     item_from_pb,
     key_from_pb,
@@ -157,16 +158,20 @@ class ScriptedWorker:
             reader.cancel()
 
     async def _read(self, requests: AsyncIterator[pb.SessionCommand]) -> None:
-        async for command in requests:
-            kind = command.WhichOneof("command")
-            if kind == "cancel":
-                await self._cancel(key_from_pb(command.cancel.key))
-            elif kind == "open_handoff":
-                key = key_from_pb(command.open_handoff.key)
-                if key in self.held:
-                    self._spawn(key, self._decode(self.held[key]))
-            elif kind is not None:
-                await self._begin(kind, item_from_pb(getattr(command, kind).item))
+        async for message in requests:
+            for command in each_command(message):
+                await self._heed(command)
+
+    async def _heed(self, command: pb.SessionCommand) -> None:
+        kind = command.WhichOneof("command")
+        if kind == "cancel":
+            await self._cancel(key_from_pb(command.cancel.key))
+        elif kind == "open_handoff":
+            key = key_from_pb(command.open_handoff.key)
+            if key in self.held:
+                self._spawn(key, self._decode(self.held[key]))
+        elif kind is not None:
+            await self._begin(kind, item_from_pb(getattr(command, kind).item))
 
     async def _begin(self, kind: str, item: WorkItem) -> None:
         key = item.key

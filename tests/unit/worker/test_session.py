@@ -206,6 +206,20 @@ async def test_a_broken_item_is_answered(address):
         assert (failed.key.request_id, failed.code) == ("a", "invalid_request")
 
 
+async def test_commands_of_one_message_are_heeded_in_order_and_a_broken_one_harms_no_other(address, handler):
+    async with Wire(address) as wire:
+        await wire.greeted()
+        broken = item_to_pb(item("broken"))
+        broken.prompt_len = 9
+        message = pb.SessionCommand(cancel=pb.CancelAttempt(key=key_to_pb(AttemptKey("a", 1))))
+        message.more.extend([pb.SessionCommand(generate_local=pb.GenerateLocal(item=broken)), pb.SessionCommand()])
+        message.more.extend([generate(item("a")), generate(item("b"))])
+        await wire.send(message)
+        failed = [(await wire.event()).failed for _ in range(2)]
+        assert [(each.key.request_id, each.code) for each in failed] == [("broken", "invalid_request"), ("a", "unavailable")]
+        await handler.until(lambda: handler.opened == [AttemptKey("b", 1)])
+
+
 async def test_cancel_before_the_command_refuses_it(address, handler):
     async with Wire(address) as wire:
         await wire.greeted()
