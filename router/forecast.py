@@ -64,6 +64,10 @@ class Ranked(NamedTuple):
         """Requests that decode where it would."""
         return self.made.running(self.decode)
 
+    def computes(self) -> float:
+        """Tokens of the prompt that nobody has cached there."""
+        return self.made.new.item(self.prefill)
+
 
 _FIRST = np.zeros(1, np.int64)
 
@@ -97,7 +101,7 @@ class Split:
         computed_s = self._queue_s + self._prefill_s
         self._ttft_s = prefill.corrections.overhead_s + computed_s
         link = situation.view.link
-        self._new, self._latency_s, self._token_s = new, link.latency_s, situation.token_bytes / link.bytes_per_s
+        self.new, self._latency_s, self._token_s = new, link.latency_s, situation.token_bytes / link.bytes_per_s
         before_s = _met_there(prefill, decode, goal, float(computed_s.min()))
         cost = decode.cost
         self._step_s = before_s + cost.decode_row_s + cost.decode_context_s * (need.tokens + need.output_tokens / 2)
@@ -108,8 +112,8 @@ class Split:
         goal, tenth = self._goal, self._goal.tenth
         prefill, decode, harmed_ = self._prefill, self._decode, self._harmed
         first_s, last_chunk = self._ttft_s, CHUNK_TOKENS * self._token_s
-        if self._new.min() < CHUNK_TOKENS:
-            first_s = first_s + goal.output_tokens * tenth * self._token_s * np.minimum(self._new, CHUNK_TOKENS)
+        if self.new.min() < CHUNK_TOKENS:
+            first_s = first_s + goal.output_tokens * tenth * self._token_s * np.minimum(self.new, CHUNK_TOKENS)
         gap_s = self._step_s + tenth * (decode.corrections.join_s + (self._latency_s + last_chunk))
         first = _best(may_prefill, _missing(None, (self._ttft_s, goal.ttft_s)), first_s)
         then = _best(may_decode, _missing(harmed_, (gap_s, goal.gap_s)), gap_s)
@@ -151,7 +155,7 @@ class Split:
 
     def _exposed_s(self, p: int) -> float:
         """What of the transfer is left when the last chunk is computed."""
-        return self._latency_s + min(float(self._new.item(p)), CHUNK_TOKENS) * self._token_s
+        return self._latency_s + min(float(self.new.item(p)), CHUNK_TOKENS) * self._token_s
 
     def _late_s(self, p: int, d: int) -> float:
         """What the hand-off adds to the first gap."""

@@ -91,17 +91,19 @@ def _with_room(pool: Pool, may: Mask, need: Need) -> Rows:
 
 
 def _unfelt(straight: Whole, decode: Pool, rows: Rows, others: list[Ranked]) -> Rows:
-    """Decode workers that may compute the whole request. Streams there would feel it: it must be hardly more than a gap.
-    Where none run, whoever comes next finds the worker busy: it must be short (no more than handing it over) or mostly cached,
-    unless a limit is at risk everywhere else. None of those that cannot be quicker than the best of the others, if that harms
-    nobody."""
+    """Decode workers that may compute the whole request. Streams would feel it: it must be hardly more than a gap. Where none
+    run, whoever comes next finds the worker busy: so only when the best of the others keeps it waiting or computes more of it,
+    and only what is short (no more than handing it over) or mostly cached, unless a limit is at risk everywhere else. None of
+    those that cannot be quicker than the best of the others, if that harms nobody."""
     best = min(others, key=itemgetter(0), default=None)
-    in_need = best is None or best.rank[0] > 0
     computing_s = decode.cost.prefill_token_s * straight.new
-    short = (computing_s <= straight.handing_over_s()) | (2 * straight.new <= straight.tokens)
+    if best is None or best.rank[0]:
+        worth = np.ones(len(decode), np.bool_)
+    else:
+        worth = (computing_s <= straight.handing_over_s()) | (2 * straight.new <= straight.tokens)
+        worth &= (straight.new < best.computes()) | (best.candidate().queue_s > 0)
     may = decode.waiting_tokens == 0
-    idle = decode.running <= decode.coming
-    may &= np.where(idle, short | in_need, computing_s <= decode.gap_now_s)
+    may &= np.where(decode.running <= decode.coming, worth, computing_s <= decode.gap_now_s)
     rows = rows[may[rows]]
     if rows.size and best is not None and not best.rank[0]:
         rows = rows[straight.at_best_s()[rows] <= best.rank[2]]

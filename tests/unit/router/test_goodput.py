@@ -84,15 +84,21 @@ def test_a_long_prompt_goes_to_an_idle_decode_worker_only_when_the_pair_would_mi
         assert decide(here).place == place
 
 
-def test_a_short_prompt_goes_straight_where_joining_is_known_to_take_longer_than_computing_it():
+def test_a_short_prompt_goes_straight_where_joining_takes_longer_than_computing_it_and_a_prefill_worker_is_busy():
     class SlowToJoin(Calibration):
         def of(self, worker: str) -> Correction:
             return Correction(join_s=0.02)
 
-    for tokens, place in ((16, Pair(None, "d0")), (32, Pair("p0", "d0"))):
-        here = situation(*workers(worker("p0", P), worker("d0", D)))
+    for tokens, waiting, place in ((16, 0, Pair("p0", "d0")), (16, 8, Pair(None, "d0")), (32, 8, Pair("p0", "d0"))):
+        here = situation(*workers(worker("p0", P, waiting_tokens=waiting), worker("d0", D)))
         here = replace(here, calibration=SlowToJoin())
         assert Goodput().decide(here, Need(tokens, slo=SLO, output_tokens=50)).place == place
+
+
+def test_what_is_cached_on_both_sides_is_handed_over_and_what_only_decode_has_is_computed_there():
+    for at_prefill, place in ((9, Pair("p0", "d0")), (0, Pair(None, "d0"))):
+        here = situation(*workers(worker("p0", P), worker("d0", D)), cached={"p0": at_prefill, "d0": 9})
+        assert decide(replace(here, fetches=False)).place == place
 
 
 def test_a_long_prompt_does_not_stall_a_decode_worker_that_has_streams():
