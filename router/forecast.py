@@ -69,28 +69,6 @@ class Ranked(NamedTuple):
         return self.made.new.item(self.prefill)
 
 
-_FIRST = np.zeros(1, np.int64)
-
-
-def forecast(situation: Situation, need: Need, pair: Pair) -> Candidate | None:
-    """What is predicted of a place that another policy chose; None when its workers are not in the situation."""
-    goal = Goal.of(need)
-    if pair.prefill is not None:
-        p, d = situation.prefill.row.get(pair.prefill), situation.decode.row.get(pair.decode)
-        if p is None or d is None:
-            return None
-        return (
-            Split(situation, situation.prefill.only(p), situation.decode.only(d), need, goal)
-            .best(_FIRST, _FIRST)[0]
-            .candidate()
-        )
-    for pool in (situation.whole, situation.decode):
-        row = pool.row.get(pair.decode)
-        if row is not None:
-            return Whole(situation, pool.only(row), need, goal).best(_FIRST)[0].candidate()
-    return None
-
-
 class Split:
     """Prefill and decode on two workers. Neither pool is empty."""
 

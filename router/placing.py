@@ -15,7 +15,7 @@ from router.attempt import JourneySpec
 from router.block_index import BlockIndex
 from router.calibration import Calibration
 from router.decisions import Decisions, Explanation, Outcome
-from router.forecast import forecast
+from router.forecast_pair import forecast
 from router.journey import Journey
 from router.kv_events import KvEvents
 from router.lengths import Lengths

@@ -8,7 +8,7 @@ our claims of now are added: a burst does not herd onto one worker, and what we 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -138,19 +138,6 @@ class Pool:
             gap_s = self.cost.base_s.item(row) + self.cost.decode_row_s.item(row) * running
             self.gap_now_s[row] = gap_s + self.cost.decode_context_s.item(row) * context
 
-    def only(self, row: int) -> Pool:
-        """The columns of one worker, as they are now; means are still those of all."""
-        one = copy(self)
-        one.names, one.row = (self.names[row],), {self.names[row]: 0}
-        span = slice(row, row + 1)
-        for name, value in vars(self).items():
-            if isinstance(value, np.ndarray):
-                setattr(one, name, value[span])
-        one.corrections = Corrections(*(column[span] for column in self.corrections))
-        one.cost = CostColumns(*(column[span] for column in self.cost))
-        one._slots_version = -1
-        return one
-
     def of_slots(self, values: Column, index: BlockIndex) -> Column:
         """What the index has by slot, by row."""
         if self._slots_version != index.slots.version:
@@ -180,6 +167,18 @@ class Pool:
         """
         done_s = np.minimum(np.maximum(now - self._since, 0.0), self._first_s)
         return self._ours_s - done_s + np.maximum(self._others_s - max(now - self._seen_at, 0.0), 0.0)
+
+    def prefill_of_s(self, row: int, new_tokens: float, context: float) -> float:
+        """As `prefill_s`, of one worker."""
+        cost = self.cost
+        token_s = cost.prefill_token_s.item(row) + cost.prefill_pair_s.item(row) * (context + 0.5 * (new_tokens + 1))
+        return float(ceil(new_tokens / CHUNK_TOKENS) * cost.base_s.item(row) + token_s * new_tokens)
+
+    def queue_of_s(self, row: int, now: float) -> float:
+        """As `queue_s`, of one worker."""
+        done_s = min(max(now - self._since.item(row), 0.0), self._first_s.item(row))
+        others_s = max(self._others_s.item(row) - max(now - self._seen_at, 0.0), 0.0)
+        return float(self._ours_s.item(row) - done_s + others_s)
 
     def _work_s(self, tokens: Column, squares: Column) -> Column:
         """Prompts that have so many tokens together, and so many squared. Short ones share steps."""

@@ -13,7 +13,7 @@ from core.cost_model import StepCost
 from core.request import AttemptTiming
 from router.calibration import NO_CORRECTION, OUTCOMES_MIN, REMEMBERED, Calibration
 from router.facts import Facts
-from router.forecast import forecast
+from router.forecast_pair import forecast
 from router.goodput import Goodput
 from router.policy import Candidate, Need, Pair
 from router.pools import FACTOR_MAX, Pool
