@@ -72,8 +72,7 @@ class Dispatcher:
         """Begins a journey, whose deadlines count from `arrived_at`; its outcome reaches `sink`, possibly before this returns.
 
         `admitted`: it belongs to a request that runs already, so the queue's bound does not apply.
-        Raises OverloadedError when it would have to wait and the queue is full or its turn came too late; nothing remains of
-        it then.
+        Raises OverloadedError, and nothing remains, when it would have to wait and the queue is full or its turn too late.
         """
         assert spec.request_id not in self._live, "the front keeps request ids unique"
         live = Live(Journey(spec, self._limits, arrived_at), sink, prefer)
@@ -251,8 +250,7 @@ class Dispatcher:
         if isinstance(verdict, Refusal):
             live.inbox.append(ev.Refused(verdict.error()))
         elif isinstance(choice, Pair):
-            if live.asked_at is None:
-                live.asked_at = self._changes
+            live.asked_at = self._changes if live.asked_at is None else live.asked_at
             self.room.expect(journey.spec, decision, need)
             live.inbox.append(ev.Placed(choice.prefill, choice.decode))
 
@@ -285,7 +283,9 @@ class Dispatcher:
         refusal = self.room.wait(spec, facts.arrived_at, situation, need, urgent=facts.sent_at is not None)
         if self._probing == spec.request_id:
             self._probing = None  # nobody has room: the next change of the cluster wakes the head again
-        if live.asked_at is not None and live.asked_at != self._changes:
+            if self.queue.head(need.now) != spec.request_id:
+                self._pump_soon()  # ... but it lets others go first
+        if live.asked_at not in (None, self._changes):
             self._pump_soon()  # ... and one came while the refusal was on its way
         live.asked_at = None
         live.look_at = min(live.look_at, self.room.give_up_at(spec.request_id))
@@ -300,8 +300,8 @@ class Dispatcher:
             return
         give_up_at = self.room.give_up_at(request_id)
         if now >= give_up_at:
-            text = "its limits cannot be kept any more: no place came free in time"
-            self._drive(live, ev.Refused(Refusal(text, self.room.retry_s()).error()))
+            refusal = Refusal("its limits cannot be kept any more: no place came free in time", self.room.retry_s())
+            self._drive(live, ev.Refused(refusal.error()))
         else:
             live.look_at = give_up_at
             self._pump_soon()

@@ -58,12 +58,14 @@ class Waiting:
 
 
 class Order(Protocol):
-    """Of one class and tenant. Times never go back. `begins_s`: in how many seconds each place begins with the next prompt."""
+    """Of one class and tenant. Times never go back. `begins_s`: in how many seconds each place begins with the next prompt;
+    `in_time`: only of those who may still keep their limits. `lost`: it cannot, whatever was predicted of it."""
 
     def __len__(self) -> int: ...
     def add(self, waiting: Waiting) -> None: ...
     def discard(self, request_id: str) -> None: ...
-    def first(self, now: float, begins_s: Sequence[float] = ()) -> str | None: ...
+    def lost(self, request_id: str) -> None: ...
+    def first(self, now: float, begins_s: Sequence[float] = (), *, in_time: bool = False) -> str | None: ...
 
 
 class Fcfs:
@@ -79,7 +81,10 @@ class Fcfs:
     def discard(self, request_id: str) -> None:
         self._line.pop(request_id, None)
 
-    def first(self, now: float, begins_s: Sequence[float] = ()) -> str | None:
+    def lost(self, request_id: str) -> None:
+        """Nobody goes before it for that."""
+
+    def first(self, now: float, begins_s: Sequence[float] = (), *, in_time: bool = False) -> str | None:
         return next(iter(self._line), None)
 
 
@@ -106,14 +111,18 @@ class Slack:
         self._jobs.pop(request_id, None)
         self._late.discard(request_id)
 
-    def first(self, now: float, begins_s: Sequence[float] = ()) -> str | None:
+    def lost(self, request_id: str) -> None:
+        if request_id in self._in_time:
+            self.discard(request_id)
+            self._late.add(Waiting(request_id))
+
+    def first(self, now: float, begins_s: Sequence[float] = (), *, in_time: bool = False) -> str | None:
         while (first := self._in_time.first()) is not None:
             name, (start_by, _) = first
             if start_by >= now:
                 return self._ahead(name, now, begins_s) if len(begins_s) and len(self._jobs) > 1 else name
-            self.discard(name)
-            self._late.add(Waiting(name))
-        return self._late.first(now)
+            self.lost(name)
+        return None if in_time else self._late.first(now)
 
     def _ahead(self, first: str, now: float, begins_s: Sequence[float]) -> str:
         """Of the first to come; when none of them will be in time, the one that must start soonest."""
@@ -140,7 +149,10 @@ class Mlfq:
         if level is not None:
             del self._levels[level][request_id]
 
-    def first(self, now: float, begins_s: Sequence[float] = ()) -> str | None:
+    def lost(self, request_id: str) -> None:
+        """Its level says nothing of limits."""
+
+    def first(self, now: float, begins_s: Sequence[float] = (), *, in_time: bool = False) -> str | None:
         for level in self._levels[1:]:
             while level and now - next(iter(level.values())) >= PROMOTE_S:
                 name = next(iter(level))

@@ -69,7 +69,7 @@ def in_a_lull(best: Ranked) -> bool:
     return isinstance(best.made, Split) or not best.runs_beside() or best.rank[0] == 0
 
 
-WAITS = Nobody("its first token is too late already: it waits for a lull", busy=True, again_s=LULL_S)
+WAITS = Nobody("its first token is too late already: it waits for a lull", busy=True, again_s=LULL_S, yields=True)
 CROWDED = Nobody("token gaps would be over their limit wherever it goes", busy=True, again_s=LULL_S)
 """What a policy says."""
 

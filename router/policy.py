@@ -53,11 +53,12 @@ class Need:
 @dataclass(frozen=True, slots=True)
 class Nobody:
     """`busy`: workers are connected but have no room, so waiting helps. `again_s`: after which it is of use to ask again though
-    nothing else has happened."""
+    nothing else has happened. `yields`: others may have the place meanwhile."""
 
     reason: str
     busy: bool
     again_s: float = math.inf
+    yields: bool = False
 
 
 class Candidate(NamedTuple):

@@ -8,6 +8,7 @@ that was served least (`router.fairness`); within that, `router.order`. So that 
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,7 @@ class WaitQueue:
         self._ranks: list[int] = []  # negated priorities of the levels, sorted
         self._by_class: Counter[str] = Counter()
         self._passed_over = 0  # places given to others while the longest waiting was overdue
+        self._yields_until = -math.inf  # until then who is late goes behind everybody who is not
 
     def __len__(self) -> int:
         return len(self._urgent) + len(self._new)
@@ -106,6 +108,14 @@ class WaitQueue:
             del self._levels[waiting.priority]
             self._ranks.remove(-waiting.priority)
 
+    def put_off(self, request_id: str, until: float) -> None:
+        """It cannot keep its limits and waits for a lull: until then it, and all who are late, go behind who is not, of
+        whatever tenant and class. A head that wants no place must not keep others from theirs."""
+        self._yields_until = until
+        waiting = self._new.get(request_id)
+        if waiting is not None:
+            self._levels[waiting.priority].lines[waiting.tenant].lost(request_id)
+
     def taken(self, request_id: str, now: float) -> None:
         """It has its place, and leaves the queue."""
         overdue = self._overdue(now)
@@ -119,8 +129,15 @@ class WaitQueue:
         overdue = self._overdue(now)
         if overdue is not None and self._passed_over >= AGED_EVERY - 1:
             return overdue
+        if not self._ranks:
+            return None
         begins_s = self.begins_s(now) if len(self._new) > 1 else ()
-        return self._levels[-self._ranks[0]].first(now, begins_s) if self._ranks else None
+        if now < self._yields_until:
+            in_time = (self._levels[-rank].first_in_time(now, begins_s) for rank in self._ranks)
+            found = next((name for name in in_time if name is not None), None)
+            if found is not None:
+                return found
+        return self._levels[-self._ranks[0]].first(now, begins_s)
 
     def ahead_of(self, tenant: str, priority: int) -> int:
         """About how many requests would go before one of this tenant and priority that came now."""
@@ -146,12 +163,16 @@ class _Level:
         self._make = order
         self._counters = counters
         self._turns = KeyedHeap()
+        self._in_time = KeyedHeap()  # the turns of tenants of whom somebody may still be in time
 
     def add(self, waiting: Waiting) -> None:
-        line = self.lines.get(waiting.tenant)
+        tenant = waiting.tenant
+        line = self.lines.get(tenant)
         if line is None:
-            line = self.lines[waiting.tenant] = self._make()
-            self._turns.set(waiting.tenant, (self._counters.counter(waiting.tenant),))
+            line = self.lines[tenant] = self._make()
+            self._turns.set(tenant, (self._counters.counter(tenant),))
+        if tenant not in self._in_time:
+            self._in_time.set(tenant, (self._counters.counter(tenant),))
         line.add(waiting)
         self.waiting += 1
 
@@ -162,15 +183,29 @@ class _Level:
         if not len(line):
             del self.lines[waiting.tenant]
             self._turns.discard(waiting.tenant)
+            self._in_time.discard(waiting.tenant)
 
     def first(self, now: float, begins_s: Sequence[float]) -> str | None:
+        tenant = self._served_least(self._turns)
+        return self.lines[tenant].first(now, begins_s) if tenant is not None else None
+
+    def first_in_time(self, now: float, begins_s: Sequence[float]) -> str | None:
+        """None: all are late."""
+        while (tenant := self._served_least(self._in_time)) is not None:
+            found = self.lines[tenant].first(now, begins_s, in_time=True)
+            if found is not None:
+                return found
+            self._in_time.discard(tenant)
+        return None
+
+    def _served_least(self, turns: KeyedHeap) -> str | None:
         """Counters only grow, so a turn that is outdated is too early: it is put right when it comes up."""
-        while (turn := self._turns.first()) is not None:
+        while (turn := turns.first()) is not None:
             tenant, (counter,) = turn
             known = self._counters.counter(tenant)
             if known <= counter:
-                return self.lines[tenant].first(now, begins_s)
-            self._turns.set(tenant, (known,))
+                return tenant
+            turns.set(tenant, (known,))
         return None
 
 

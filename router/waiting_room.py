@@ -26,7 +26,7 @@ from router.early_rejection import (
 from router.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, VirtualCounters
 from router.heap import KeyedHeap
 from router.order import ORDERS, Waiting
-from router.policy import Candidate, Decision, Need, Pair
+from router.policy import Candidate, Decision, Need, Nobody, Pair
 from router.queue import Pace, WaitQueue, bounded_retry_s
 from router.quotas import Quotas
 from router.sharing import Service, Sharing
@@ -123,6 +123,8 @@ class WaitingRoom:
     ) -> Refusal | Hold | None:
         """What to do with a new request that could have this place: None, take it."""
         pair = decision.place
+        if isinstance(pair, Nobody) and pair.yields:
+            self.queue.put_off(spec.request_id, now + pair.again_s)
         predicted = next((candidate for candidate in decision.candidates if candidate.pair == pair), None)
         if not isinstance(pair, Pair) or predicted is None or spec.choice or not costs_known(situation):
             return None

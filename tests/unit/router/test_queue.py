@@ -146,6 +146,51 @@ def test_one_place_in_four_goes_to_whoever_waits_longest():
     assert order == ["chat0", "chat1", "chat2", "old"]
 
 
+def test_who_waits_for_a_lull_lets_those_in_time_go_first_whatever_their_tenant_and_class():
+    counters = VirtualCounters()
+    queue = WaitQueue(10, Slack, counters)
+    counters.charge("rich", 100)
+    counters.charge("mid", 50)
+    for name, tenant, priority, ttft_s in (
+        ("long", "poor", 10, 5.0),  # the queue takes it for one that can be in time
+        ("late", "mid", 10, 0.1),
+        ("quick", "rich", 10, 5.0),
+        ("batch", "rich", -10, None),
+    ):
+        queue.add(Waiting(name, tenant, priority=priority, slo=Slo(ttft_s=ttft_s)))
+    now, until = 1.0, 1.05
+    assert queue.head(now) == "long", "the tenant that was served least"
+    queue.put_off("long", until)
+    queue.put_off("not here", until)
+    order = []
+    for _ in range(4):
+        order.append(queue.head(now))
+        queue.taken(order[-1], now)
+    assert order == ["quick", "batch", "long", "late"], "then the turns of tenants again"
+
+
+def test_a_lull_is_asked_for_again_at_the_turn_of_who_waits_for_it():
+    queue = WaitQueue(10, Slack)
+    for name in ("long", "next"):
+        queue.add(Waiting(name, name, slo=Slo(ttft_s=5.0)))
+    queue.put_off("long", 1.05)
+    assert queue.head(1.0) == "next"
+    assert queue.head(1.05) == "long"
+    queue.put_off("long", 1.1)
+    assert queue.head(1.05) == "next"
+    queue.add(Waiting("new", "long", slo=Slo(ttft_s=5.0)))
+    assert queue.head(1.06) == "new", "its tenant has somebody in time again"
+
+
+@pytest.mark.parametrize("kind", [Fcfs, Mlfq])
+def test_orders_that_know_nothing_of_limits_let_nobody_pass(kind):
+    queue = WaitQueue(10, kind)
+    for name in ("long", "next"):
+        queue.add(Waiting(name, slo=Slo(ttft_s=5.0)))
+    queue.put_off("long", 2.0)
+    assert queue.head(1.0) == "long"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(sorted(ORDERS)),
@@ -252,6 +297,9 @@ def test_any_story_keeps_the_books(seed, kind):
         else:
             counters.charge(f"t{rng.randrange(3)}", rng.random())
             head = queue.head(now)
+            if head is not None and rng.random() < 0.3:
+                queue.put_off(head, now + rng.choice([0.5, 2.0]))
+                head = queue.head(now)
             assert (head is None) == (not names)
             assert head is None or head in names
             if head is not None and act == 3:
