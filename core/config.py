@@ -153,7 +153,7 @@ class RouterConfig(_Branch):
     share_address: bool = True
     """Of several routers (`cluster.routers`): all listen at `grpc` and `http`, and the kernel spreads connections over those of
     one host. false: each has ports of its own, counted up from these."""
-    policy: str = "least_load"
+    policy: str = "goodput"
     cost_model: str = ""
     """A file of `tandem profile`: what steps are believed to cost until workers have learned it."""
     stale_after_s: float = Field(3.0, gt=0)

@@ -280,7 +280,7 @@ class Dispatcher:
 
     def _wait(self, live: Live, situation: Situation, need: Need) -> Refusal | None:
         spec, facts = live.journey.spec, live.journey.facts
-        refusal = self.room.wait(spec, facts.arrived_at, situation, need, urgent=facts.sent_at is not None)
+        refusal = self.room.wait(spec, facts.arrived_at, situation, need, urgent=facts.failovers > 0)
         if self._probing == spec.request_id:
             self._probing = None  # nobody has room: the next change of the cluster wakes the head again
             if self.queue.head(need.now) != spec.request_id:

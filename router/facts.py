@@ -34,6 +34,11 @@ class Facts:
         if self.sent_at is None:
             self.sent_at = now
 
+    def turned_down(self) -> None:
+        """It was handed to somebody who had no room."""
+        if not self.failovers:
+            self.sent_at = None
+
     def cached(self, tokens: int) -> None:
         """Prompt tokens not computed because they were cached; of the first attempt, later ones find what it computed."""
         if self.failovers == 0:

@@ -314,6 +314,8 @@ class Journey:
         """
         self._leave_attempt(out)
         self.facts.failovers += failover
+        if not failover:
+            self.facts.turned_down()
         self._shunned.failures += counts
         self._shunned.failed(worker, now)
         self._queue_deadline = now + self._limits.queue_timeout_s

@@ -138,8 +138,8 @@ async def rig(
     config: RouterConfig | None = None,
     **options: Any,
 ) -> AsyncIterator[Rig]:
-    """`config`: what of the router's is not named beside it."""
-    made = Rig(max_queue, limits, slow_client_s, config or RouterConfig())
+    """`config`: what of the router's is not named beside it; without one, places do not depend on how quick this machine is."""
+    made = Rig(max_queue, limits, slow_client_s, config or RouterConfig(policy="least_load"))
     try:
         for role, count in ((WorkerRole.PREFILL, prefill), (WorkerRole.DECODE, decode), (WorkerRole.COLOCATED, colocated)):
             for index in range(count):

@@ -32,7 +32,7 @@ COST = Fit(
 
 
 def config(**fields: Any) -> RouterConfig:
-    return RouterConfig.model_validate(fields)
+    return RouterConfig.model_validate({"policy": "least_load", **fields})
 
 
 @contextlib.asynccontextmanager
@@ -76,8 +76,9 @@ async def in_order(r: Rig, *asked: FrontRequest) -> list[str]:
     return reserved(r)[1:]
 
 
-async def test_classes_go_by_priority_and_a_call_may_add_its_own():
-    async with rig(room=1, step_s=0.001) as r:
+@pytest.mark.parametrize("policy", ["least_load", "goodput"])
+async def test_classes_go_by_priority_and_a_call_may_add_its_own(policy):
+    async with rig(room=1, step_s=0.001, config=config(policy=policy)) as r:
         order = await in_order(
             r,
             replace(request(request_id="batch"), slo_class="batch"),
