@@ -6,7 +6,7 @@ answers have long-tailed lengths, as conversations do; nothing is shared, so tha
 prefill worker busy for a given part of the time, by what prompts take it alone, one after another, at the start of the run.
 The first seconds of load are not counted: workers and router learn from them.
 
-    python -m benchmarks.prediction [--quick] [--json FILE] [--load SHARE] [--dump FILE]
+    python -m benchmarks.prediction [--quick] [--json FILE] [--load SHARE] [--policy NAME] [--dump FILE]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sim.workload_shapes import Arrivals, arrivals
 from tandem import AsyncClient, Explanation, Result, SamplingParams, TandemError
 
 SPLIT = ("--prefill", "1", "--decode", "1", "--launcher", "local")
-CONFIG = "engine: {threads: 1}\nrouter: {policy: goodput}\n"
+CONFIG = "engine: {{threads: 1}}\nrouter: {{policy: {policy}}}\n"
 WARM_S = 15.0
 PROBES = 12
 PROMPT_TOKENS, PROMPT_SPREAD, PROMPT_MAX = 220.0, 0.8, 900
@@ -112,16 +112,18 @@ def rows(known: list[Explanation], how: str) -> list[Row]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--load", type=float, default=0.5, help="part of the time that prefill is busy")
+    parser.add_argument("--policy", default="goodput", help="of the router; any of them predicts where it places")
     parser.add_argument("--dump", type=Path, help="write every explanation to this file")
     options = parser.parse_args()
     seconds = WARM_S + (30.0 if options.quick else 120.0)
-    with tandem(*SPLIT, config=CONFIG) as cluster:
+    with tandem(*SPLIT, config=CONFIG.format(policy=options.policy)) as cluster:
         try:
             rate = asyncio.run(rate_for(cluster.grpc, options.load))
             known = asyncio.run(drive(cluster.grpc, load(rate, seconds, seed=1)))
         except* TandemError as failed:
             raise failed.exceptions[0] from None
     how = f"{len(known)} requests, Poisson at {rate:.2f}/s ({options.load:.0%} load), 1 prefill and 1 decode worker of 1 thread"
+    how += f", {options.policy}"
     if options.dump:
         options.dump.write_text(json.dumps([asdict(one) for one in known]))
     report(rows(known, how), options.json)

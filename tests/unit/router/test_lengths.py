@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.lengths import GROUPS_MAX, UNKNOWN_TOKENS, Length, Lengths
+from router.lengths import GROUPS_MAX, REMEMBERED, UNKNOWN_TOKENS, Length, Lengths
 
 
 def test_before_anything_ended_a_default_within_the_limit():
@@ -39,6 +39,16 @@ def test_predictions_stay_within_bounds(ended, tokens_max, so_far):
         lengths.ended("g", tokens)
     median, p90 = lengths.predict("g", tokens_max, min(so_far, tokens_max - 1))
     assert 0 < median <= p90 <= tokens_max
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=400), st.integers(1, 60), st.integers(0, 59))
+def test_the_latest_count_each_once_whatever_their_order(ended, tokens_max, so_far):
+    lengths = Lengths()
+    for tokens in ended:
+        lengths.ended("g", tokens)
+    longer = sorted(min(tokens, tokens_max) for tokens in ended[-REMEMBERED:] if tokens > so_far) or [tokens_max]
+    p90 = longer[min(len(longer) - 1, len(longer) * 9 // 10)]
+    assert lengths.predict("g", tokens_max, so_far) == Length(longer[len(longer) // 2], p90)
 
 
 def test_groups_are_bounded():
