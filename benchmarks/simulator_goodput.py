@@ -41,9 +41,10 @@ OTHERS = tuple(name for name in POLICIES if name != OURS)
 MACHINES = 4
 CHUNKS = {True: (128, 256, 512), False: (64, 128, 256, 512, 1024)}
 SHAPES = {
-    True: (Shape(3, 1, 0, 256), Shape(2, 2, 0, 256), Shape(2, 1, 1, 256)),
-    False: tuple(
-        Shape(*pools, 256, chunk) for pools in ((3, 1, 0), (2, 2, 0), (1, 3, 0), (2, 1, 1), (1, 1, 2)) for chunk in (512, 2048)
+    True: (Shape(3, 1, 0, 256), Shape(2, 2, 0, 256), Shape(2, 1, 1, 256), Shape(2, 1, 1, 128)),
+    False: (
+        *(Shape(*pools, 256, chunk) for pools in ((3, 1, 0), (2, 2, 0), (1, 3, 0)) for chunk in (512, 2048)),
+        *(Shape(*pools, mixed, chunk) for pools in ((2, 1, 1), (1, 1, 2)) for mixed in (128, 256) for chunk in (512, 2048)),
     ),
 }
 """True: with --quick."""
