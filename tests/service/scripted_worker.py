@@ -170,6 +170,8 @@ class ScriptedWorker:
             key = key_from_pb(command.open_handoff.key)
             if key in self.held:
                 self._spawn(key, self._decode(self.held[key]))
+        elif kind == "follow_kv":
+            self._say(kv_changes=pb.KvChanges(stream=command.follow_kv.stream, sequence=1))  # it has no blocks
         elif kind is not None:
             await self._begin(kind, item_from_pb(getattr(command, kind).item))
 
