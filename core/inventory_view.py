@@ -5,6 +5,9 @@ Deciding code.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import takewhile
+
 from core.blocks import BlockKey
 from core.inventory_changes import ChangeLog, Changes
 from core.inventory_table import BlockCounts, BlockTable, Entry
@@ -64,6 +67,11 @@ class TableView(BlockTable):
         """Whether the key is resident; to ask is no use."""
         with self._lock:
             return key in self._by_key
+
+    def prefix(self, keys: Iterable[BlockKey]) -> int:
+        """How many of `keys`, from the first on, are resident; to ask is no use."""
+        with self._lock:
+            return len(list(takewhile(self._by_key.__contains__, keys)))
 
     def key_of(self, block: int) -> BlockKey | None:
         """The key a block is findable under, None while it is uncommitted."""

@@ -115,7 +115,7 @@ class SimController:
         worker = SimWorker(name, command.role, command.epoch, site, replica, _engine(site.config.engine, pool))
         site.workers[name] = worker
         self._sequence[name] = 0
-        self._report(worker)
+        self._send(self._report(worker))
 
     def died(self, worker: SimWorker, reason: str) -> None:
         """The process is gone; the launcher that watches it says so."""
@@ -148,30 +148,47 @@ class SimController:
     def _look(self) -> None:
         """Reports of all workers that have something new to say, or have been silent for a heartbeat."""
         now, heartbeat_s = self._site.events.now(), self._site.config.cluster.heartbeat_s
-        for worker in list(self._site.workers.values()):
-            if not worker.alive:
-                continue
-            said = self._said.get(worker.name)
-            due = said is None or now - said >= heartbeat_s - 1e-9
-            if due or worker.changed:
-                self._report(worker)
+        reports = []
+        for worker in self._site.workers.values():
+            if worker.alive:
+                said = self._said.get(worker.name)
+                due = said is None or now - said >= heartbeat_s - 1e-9
+                if due or worker.changed:
+                    reports += self._report(worker)
+        self._send(reports)
         self._site.events.later(LOOK_S, self._look)
 
-    def _report(self, worker: SimWorker) -> None:
-        site, name = self._site, worker.name
+    def _report(self, worker: SimWorker) -> list[WorkerReport]:
+        """What it says now; nothing where that is lost on the way."""
+        name = worker.name
         worker.changed = False
         self._sequence[name] += 1
         report = worker.report(self._sequence[name])
-        self._said[name] = site.events.now()
-        if self.reports_lost and self._draw.random() < self.reports_lost:
-            return
-        delay_s = site.config.sim.report_delay_s
-        if delay_s:
-            site.events.later(delay_s, lambda: site.post.send(name, CONTROLLER, self._reported, report))
-        else:
-            site.post.send(name, CONTROLLER, self._reported, report)
+        self._said[name] = self._site.events.now()
+        return [] if self.reports_lost and self._draw.random() < self.reports_lost else [report]
 
-    def _reported(self, report: WorkerReport) -> None:
+    def _send(self, reports: list[WorkerReport]) -> None:
+        """Those of one look arrive together."""
+        if not reports:
+            return
+        delay_s = self._site.config.sim.report_delay_s
+        if delay_s:
+            self._site.events.at(self._site.events.now() + delay_s, self._post, reports)
+        else:
+            self._post(reports)
+
+    def _post(self, reports: list[WorkerReport]) -> None:
+        post = self._site.post
+        reports = [report for report in reports if post.together(report.worker_id, CONTROLLER)]
+        if reports:
+            post.send(CONTROLLER, CONTROLLER, self._reported, reports)
+
+    def _reported(self, reports: list[WorkerReport]) -> None:
+        for report in reports:
+            self._heard(report)
+        self._announce()
+
+    def _heard(self, report: WorkerReport) -> None:
         now = self._site.events.now()
         try:
             changed = self._membership.report(report, now)
@@ -185,7 +202,6 @@ class SimController:
         if report.state is WorkerState.DRAINING and report.idle:
             self._reconciler.drained(report.worker_id, report.epoch, now)
             self._control()
-        self._announce()
 
     def _end(self, worker: SimWorker) -> None:
         self.on_death(worker)

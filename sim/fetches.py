@@ -73,39 +73,35 @@ class SimFetches:
             return None
         keys = prompt.content.keys(full)
         worker.cut()
-        own = worker.inventory.match(keys)
-        source, lent = self._longest(keys, len(own))
-        if source is None:
-            worker.inventory.release(own)
+        own = worker.inventory.prefix(keys)
+        source, more = self._longest(keys[own:])
+        if source is None or not self._pays(own, more):
             return None
+        held = worker.inventory.match(keys[:own])
         try:
-            if not self._pays(len(own), len(lent)):
-                raise OutOfBlocksError("computing is quicker")
-            blocks = worker.inventory.allocate(len(lent))
+            blocks = worker.inventory.allocate(more)
         except OutOfBlocksError:
-            source.inventory.release(lent)
-            worker.inventory.release(own)
             return None
-        worker.inventory.release(own)
-        return _Fetch(source, keys[len(own) : len(own) + len(lent)], lent, blocks, then)
+        finally:
+            worker.inventory.release(held)
+        missing = keys[own : own + more]
+        return _Fetch(source, missing, source.inventory.match(missing), blocks, then)
 
-    def _longest(self, keys: list[BlockKey], own: int) -> tuple[SimWorker | None, list[int]]:
-        """Who else has most of what is missing here, and those blocks, held there."""
+    def _longest(self, missing: list[BlockKey]) -> tuple[SimWorker | None, int]:
+        """Who else has most of what is missing here, and how many blocks. To be asked is no use of them."""
         worker, site = self._worker, self._worker.site
         best: SimWorker | None = None
-        best_lent: list[int] = []
-        for other in site.workers.values():
-            if other is worker or not other.alive or own == len(keys) or not other.inventory.has(keys[own]):
+        most = 0
+        for other in site.workers.values() if missing else ():
+            if other is worker or not other.alive or not other.inventory.has(missing[0]):
                 continue
             if not site.post.together(other.name, worker.name):
                 continue
             other.cut()
-            lent = other.inventory.match(keys[own:])
-            if len(lent) > len(best_lent):
-                lent, best_lent, other, best = best_lent, lent, best or other, other
-            if lent:
-                other.inventory.release(lent)
-        return best, best_lent
+            count = other.inventory.prefix(missing)
+            if count > most:
+                best, most = other, count
+        return best, most
 
     def _pays(self, own: int, more: int) -> bool:
         worker, size = self._worker, self._size

@@ -306,6 +306,8 @@ class Twin:
         self.real.check()
         for block in range(self.total):
             assert self.real.key_of(block) == self.keys.get(block)
+            if (key := self.keys.get(block)) is not None:
+                assert (self.real.prefix([key, key]), self.real.prefix([key, b"?" * 16, key])) == (2, 1)
             assert self.real.generation(block) == self.generations[block]
         entries = {e.block: (e.key, e.tenant, e.hits, e.references, e.pinned) for e in self.real.entries()}
         assert entries == {b: (k, self.tenant[b], self.hits[b], self.refs(b), b in self.pinned) for b, k in self.keys.items()}
