@@ -16,7 +16,7 @@ from core.cost_model import Fit
 from core.errors import TandemError
 from core.report import ModelFacts, WorkerReport, WorkerState
 from core.request import AttemptKey, WorkerRole, WorkItem
-from engine.output import Committed, EngineLoad, StepOutput
+from engine.output import Committed, EngineLoad, Prefilled, StepOutput
 from engine.role import Terms
 from kvtransfer.directory import NodeRecord
 from router import events as ev
@@ -237,15 +237,17 @@ class SimWorker:
         talk = self.talk
         for key in output.joined:
             self.ingests.joined(key, self._began)
+        if output.prefilled:
+            over = {token.key for token in output.tokens if token.finish_reason is not None}
+            self._say_prefilled([prefilled for prefilled in output.prefilled if prefilled.key in over])
         if output.tokens:
             talk.tokens(output.tokens)
         for committed in output.committed:
             self.exports.announce(committed.key, _upto(committed))
-        for prefilled in output.prefilled:
-            self.exports.close(prefilled)
-            talk.event(
-                prefilled.key, ev.PrefillDone(self.name, prefilled.key.attempt, prefilled.timing, prefilled.cached_tokens)
-            )
+        if output.prefilled:
+            for prefilled in output.prefilled:
+                self.exports.close(prefilled)
+            self._say_prefilled([prefilled for prefilled in output.prefilled if prefilled.key not in over])
         for key in talk.lose(output):
             self.exports.revoke(key, "the prompt could not be computed")
         for key in output.left:
@@ -255,6 +257,11 @@ class SimWorker:
                 self.table.end(key, now)
         if output.committed or output.left:
             self.on_blocks()
+
+    def _say_prefilled(self, done: list[Prefilled]) -> None:
+        """Of an answer that ends with its first token before that token, as in `worker.links`: nobody listens after it."""
+        for one in done:
+            self.talk.event(one.key, ev.PrefillDone(self.name, one.key.attempt, one.timing, one.cached_tokens))
 
     # ---- time ------------------------------------------------------------------------------------------------------
 

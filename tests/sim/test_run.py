@@ -78,6 +78,20 @@ def test_the_report_has_the_agreed_shape_and_adds_up():
     assert report["prefix_hit_ratio"] > 0.2
 
 
+@pytest.mark.parametrize("engine", ["counted", "exact"])
+@pytest.mark.parametrize("pools", [POOLS[:2], POOLS[2:]], ids=["split", "colocated"])
+def test_of_an_answer_of_one_token_it_is_known_what_its_prompt_took(engine, pools):
+    """Said before the token that ends it: nobody listens after it."""
+    worlds = []
+    config = Config.model_validate(TREE | {"sim": TREE["sim"] | {"pools": pools, "engine": engine}})
+    arrivals = [Arrival(0.5 * n, 100, 1 + n % 2) for n in range(4)]
+    assert simulate(config, arrivals, "least_load", 1, model=MODEL, prepare=worlds.append).report["completed"] == 4
+    explained = [worlds[0].routers[0].dispatcher.placer.decisions.explain(f"r{n}") for n in range(4)]
+    took = [each.outcome.timing.prefill_s for each in explained if each.outcome is not None]
+    assert took == pytest.approx([took[1]] * 4)
+    assert took[1] > 0
+
+
 def test_exact_and_counted_engines_agree_where_memory_is_plenty():
     def of(engine: str) -> dict:
         sim = TREE["sim"] | {"engine": engine, "pools": POOLS[:2]}
