@@ -282,10 +282,16 @@ class BlockTable:
         unheld = len(self._free) + len(self._idle) - len(self._parked) + sum(not self._refs[b] for b in self._pinned)
         assert unheld == self._refs.count(0), "a block that nobody holds is on the free list twice, or nowhere"
         assert len(self._by_key) == self._total - self._key.count(None), "the key index and the blocks disagree"
+        refs, names, by_key, idle = self._refs, self._key, self._by_key, self._idle
+        plain = self._words is None and not (self._pinned or self._parked or self._looked_at)
         for block in touched:
-            self._check_state(block, block in free)
-            key = self._key[block]
-            assert key is None or self._by_key.get(key) == block, "the key index and the blocks disagree"
+            key, is_free = names[block], block in free
+            assert key is None or by_key.get(key) == block, "the key index and the blocks disagree"
+            count, cached = refs[block], block in idle
+            active = count > 0 and not is_free and not cached
+            resting = count == 0 and cached == (key is not None) and is_free == (key is None)
+            if not (plain and (active or resting)):  # not surely in one of its three states: looked at in full
+                self._check_state(block, is_free)
         self._check_places()
 
     def _check_states(self) -> None:
@@ -309,6 +315,8 @@ class BlockTable:
         )
 
     def _check_places(self) -> None:
+        if not (self._looked_at or self._parked):
+            return
         assert all(self._refs[block] for block in self._looked_at), "a place is kept for a block that nobody looks at"
         assert all(self._refs[block] and block in self._idle for block in self._parked), "a place is kept for nobody"
         assert not self._parked & (self._looked_at.keys() | self._pinned.keys()), "a block has two places"
