@@ -141,14 +141,15 @@ def over(ours_rate: float | None, theirs: float | None) -> float | None:
     return ours_rate / theirs if ours_rate and theirs else None
 
 
-async def against_vllm(study: Study) -> list[Row]:
-    """Ours anew over the same HTTP client, in the shapes that were best."""
+async def against_vllm(study: Study, names: list[str]) -> list[Row]:
+    """Ours anew over the same HTTP client, in the shapes that were best. `names`: combined, split."""
     rows = []
     starts: dict[str, tuple[str, Callable[[int], AbstractContextManager[OpenTarget]]]] = {
         "combined": ("colocated", vllm_combined),
         "split": ("split", vllm_split),
     }
-    for name, (kind, start) in starts.items():
+    for name in names:
+        kind, start = starts[name]
         shape = study.best[kind][0] if kind in study.best else Shape(*((0, 0, 2) if kind == "colocated" else (1, 1, 0)), 128)
         with ours(shape) as cluster:
             async with warmed(http_target(cluster.http, study.slo), study.load) as target:
@@ -193,8 +194,8 @@ async def measure(study: Study, parts: list[str]) -> list[Row]:
         found, lines = await policy_rows(study.load, study.slo, study.quick, study.plan.first_rate, study.how)
         rows += found
         study.lines["policies"] = lines
-    if "vllm" in parts:
-        rows += await against_vllm(study)
+    if names := [name for name in ("combined", "split") if {"vllm", f"vllm_{name}"} & set(parts)]:
+        rows += await against_vllm(study, names)
     return rows
 
 
@@ -207,7 +208,11 @@ TITLES = {
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--only", default="split,policies,vllm", help="which parts, separated by commas")
+    parser.add_argument(
+        "--only",
+        default="split,policies,vllm",
+        help="which parts, by commas; vllm_combined and vllm_split are halves of vllm",
+    )
     parser.add_argument("--trace", help="draw lengths from this trace instead of the quantiles copied in")
     parser.add_argument("--scale", type=float, default=SCALE, help="of the lengths")
     parser.add_argument("--plots", type=Path, help="a folder for pictures of attainment against rate")

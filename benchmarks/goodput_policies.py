@@ -32,8 +32,9 @@ async def policy_rows(load: Conversations, slo: Slo, quick: bool, first_rate: fl
     shared = Conversations(load.lengths, load.scale, SHARED)
     curves = await _curves(shared, slo, measured, plan, duration_s, steps)
     how = f"{SHAPE.name}; {SHARED:.0%} of prompts share one of {shared.prefixes} prefixes of {shared.prefix_tokens}; {how}"
-    first, mean = curves[FIRST].rate, {name: fmean(curve.joint.values()) for name, curve in curves.items()}
-    rows = [Row(f"policy.{FIRST}", f"rate at {SHARE:.0%}, {FIRST} policy", first or 0.0, "req/s", how=how)]
+    first, first_said = _rate(curves[FIRST])
+    mean = {name: fmean(curve.joint.values()) for name, curve in curves.items()}
+    rows = [Row(f"policy.{FIRST}", f"rate at {SHARE:.0%}, {FIRST} policy", curves[FIRST].rate or 0.0, "req/s", how=how)]
     rows.append(Row(f"attained.{FIRST}", f"attained at the rates of all policies, {FIRST}", mean[FIRST], "", how=how))
     for name in names[1:]:
         claim = f"rate at {SHARE:.0%}, {FIRST} / {name}"
@@ -41,7 +42,8 @@ async def policy_rows(load: Conversations, slo: Slo, quick: bool, first_rate: fl
             rows.append(Row(f"policy.{name}", claim, None, "x", 1.0, ">=", name, "not part of --quick"))
             continue
         rate, said = _rate(curves[name])
-        rows.append(Row(f"policy.{name}", claim, (first or 0.0) / rate, "x", 1.0, ">=", name, f"{name} {said}; {how}"))
+        both = f"{FIRST} {first_said}, {name} {said}; {how}"
+        rows.append(Row(f"policy.{name}", claim, first / rate, "x", 1.0, ">=", name, both))
         claim, part = f"attained at the same rates, {FIRST} / {name}", mean[FIRST] / max(mean[name], 1e-9)
         rows.append(Row(f"attained.{name}", claim, part, "x", 1.0, ">=", name, f"{name} {mean[name]:.1%}; {how}"))
     return rows, [Line(name, [*curve.joint.items()]) for name, curve in curves.items()]

@@ -21,6 +21,8 @@ SHARE = 0.9
 STEP = 1.5
 """Between rates, until one attains and the next does not."""
 STEPS_MAX = 7
+HOPELESS = 3
+"""Rates, each lower than the one before, at which nobody was within the limits: whoever misses them all needs no more."""
 SETTLE_S = 0.7
 """After each measurement: what a cluster puts off must not fall into the next one's turn."""
 UNLOADED = 12
@@ -99,7 +101,7 @@ async def search(target: Target, load: Conversations, slo: Slo, plan: Plan, name
     up = await attained(rate) >= SHARE
     for _ in range(STEPS_MAX):
         rate = rate * STEP if up else rate / STEP
-        if (await attained(rate) >= SHARE) != up:
+        if (await attained(rate) >= SHARE) != up or [*curve.joint.values()][-HOPELESS:] == [0.0] * HOPELESS:
             break
     for _ in range(plan.halvings):
         met = [rate for rate, share in curve.joint.items() if share >= SHARE]

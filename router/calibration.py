@@ -53,8 +53,9 @@ class Calibration:
     def of(self, worker: str) -> Correction:
         return self._known.get(worker, NO_CORRECTION)
 
-    def observe(self, chosen: Candidate, at_s: float, facts: Facts) -> None:
-        """A request ended where it had been placed by this candidate, `at_s` after its arrival."""
+    def observe(self, chosen: Candidate, at_s: float, facts: Facts, standard_gaps: float | None = None) -> None:
+        """A request ended where it had been placed by this candidate, `at_s` after its arrival. `standard_gaps`: how many
+        standard gaps one should take with those who decoded beside it; None: as many as was predicted."""
         first, decode = chosen.pair.prefill or chosen.pair.decode, chosen.pair.decode
         if facts.first_token_at is not None and facts.prefill.prefill_s > 0:
             whole_s = facts.first_token_at - facts.arrived_at - at_s
@@ -66,8 +67,10 @@ class Calibration:
         if facts.first_token_at is None or facts.second_token_at is None or facts.last_token_at is None or facts.num_tokens < 3:
             return
         gap_s = (facts.last_token_at - facts.second_token_at) / (facts.num_tokens - 2)
-        if gap_s > 0 and chosen.step_s > MEASURABLE_S:
-            self._add(decode, "gap_s", gap_s / chosen.step_s * chosen.standard_gap_s)
+        if standard_gaps is None and chosen.standard_gap_s > 0:
+            standard_gaps = chosen.step_s / chosen.standard_gap_s
+        if gap_s > 0 and chosen.step_s > MEASURABLE_S and standard_gaps:
+            self._add(decode, "gap_s", gap_s / standard_gaps)
         if chosen.pair.prefill is not None:
             late_s = facts.second_token_at - facts.first_token_at - gap_s - facts.decode.transfer_exposed_s
             self._add(decode, "join_s", max(late_s, 0.0))

@@ -196,7 +196,7 @@ class Dispatcher:
 
     def _move_claim(self, live: Live, event: ev.Event) -> None:
         """What an accepted attempt gives back is room for those who wait; what was refused never was."""
-        self.placer.moved(live.claim, live.journey.claim, self._clock.now())
+        self.placer.moved(live.claim, live.journey.claim, self._clock.now(), live.journey.facts)
         live.claim = live.journey.claim
         lost = live.journey.facts.failovers - live.failovers
         if lost:

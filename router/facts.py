@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from core.request import AttemptTiming
 from router.frontend_types import Placement, Timing
+from router.occupancy import Mark
 
 NOWHERE = Placement("", "")
 
@@ -26,6 +27,7 @@ class Facts:
     prefill: AttemptTiming = field(default_factory=AttemptTiming)
     decode: AttemptTiming = field(default_factory=AttemptTiming)
     second_token_at: float | None = None
+    decoding_since: Mark | None = None
 
     def placed(self, prefill: str, decode: str) -> None:
         self.placement = Placement(prefill, decode)

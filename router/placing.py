@@ -15,10 +15,12 @@ from router.attempt import JourneySpec
 from router.block_index import BlockIndex
 from router.calibration import Calibration
 from router.decisions import Decisions, Explanation, Outcome
+from router.facts import Facts
 from router.forecast_pair import forecast
 from router.journey import Journey
 from router.kv_events import KvEvents
 from router.lengths import Lengths
+from router.occupancy import Occupancy
 from router.policies import name_of
 from router.policy import Decision, Need, Pair, Policy
 from router.prediction import PredictionErrors
@@ -54,6 +56,7 @@ class Placer:
         self.decisions = Decisions()
         self.errors = PredictionErrors()
         self.calibration = Calibration()
+        self._occupancy = Occupancy()
         self._policy = policy
         self._policy_name = name_of(policy)
         self._stale_after_s = stale_after_s
@@ -123,12 +126,17 @@ class Placer:
         if known is not None and error is None:
             self.errors.ended(known)
             if known.last.chosen is not None and not facts.failovers:
-                self.calibration.observe(known.last.chosen, known.last.at_s, facts)
+                self.calibration.observe(known.last.chosen, known.last.at_s, facts, self._standard_gaps(facts))
 
-    def moved(self, old: Claim, new: Claim, now: float) -> None:
-        """A journey left `old` and occupies `new`."""
+    def moved(self, old: Claim, new: Claim, now: float, facts: Facts | None = None) -> None:
+        """The journey with these facts left `old` and occupies `new`."""
         self.claims.swap(old, new, now)
         self._situation.moved(old, new)
+        for claim in (old, new) if old.decode != new.decode else (new,):
+            if claim.decode is not None:
+                self._occupancy.changed(claim.decode, now, self.claims.held(claim.decode))
+        if facts is not None and new.decode is not None and new.prefill is None:
+            facts.decoding_since = self._occupancy.mark(new.decode, now)
 
     def accepted(self, claim: Claim, keys: tuple[BlockKey, ...], now: float) -> None:
         """A worker took the prompt with these keys."""
@@ -144,6 +152,15 @@ class Placer:
         """Its session is over: it may have forgotten everything."""
         if self.events is not None:
             self.events.down(worker)
+
+    def _standard_gaps(self, facts: Facts) -> float | None:
+        """How many standard gaps one with all who decoded beside it is believed to take; None where that is not known."""
+        begun = facts.decoding_since
+        beside = self._occupancy.since(begun, facts.finished_at) if begun and facts.finished_at is not None else None
+        if begun is None or beside is None:
+            return None
+        pools = (self._situation.decode, self._situation.whole)
+        return next((pool.standard_gaps(pool.row[begun.worker], *beside) for pool in pools if begun.worker in pool.row), None)
 
     def _see(self, view: ClusterView, connected: frozenset[str], now: float) -> Situation:
         older_s = max(now - view.received_at, 0.0)

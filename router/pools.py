@@ -129,8 +129,8 @@ class Pool:
             held = claims.held(name)
             self.prefills[row] = held.prefills
             self.window_tokens[row] = held.prefill_tokens if held.prefills else -np.inf  # alone, any prompt may go
-            self._ours_s[row] = ours_s = self._work_of(row, held)
-            self._first_s[row], self._since[row] = ours_s / max(held.prefills, 1), held.since
+            self._ours_s[row] = self._work_of(row, held)
+            self._first_s[row], self._since[row] = self.prefill_of_s(row, float(held.first_tokens), 0.0), held.since
             self.waiting_tokens[row] = self._other_tokens.item(row) + held.prefill_tokens
             self.running[row] = running = self._other_running.item(row) + held.running
             self.context[row] = context = self._other_context.item(row) + held.context_tokens if running else 0.0
@@ -193,6 +193,13 @@ class Pool:
         return float(
             steps_s + cost.prefill_token_s[row] * tokens + cost.prefill_pair_s[row] * (held.prefill_squares + tokens) / 2
         )
+
+    def standard_gaps(self, row: int, ours: float, context: float) -> float:
+        """How many standard gaps one takes with so many requests of ours in the batch, and those of others."""
+        cost, others = self.cost, self._other_running.item(row)
+        held = context + (self._other_context.item(row) if others else 0.0)
+        gap_s = cost.base_s.item(row) + cost.decode_row_s.item(row) * (ours + others) + cost.decode_context_s.item(row) * held
+        return float(gap_s / max(self.standard_gap_s.item(row), 1e-12))
 
     def gap_of_s(self, rows: Column, context: Column) -> Column:
         """The gap between two tokens in a batch of so many rows, which hold so many tokens together."""

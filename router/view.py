@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -108,8 +109,8 @@ class Held(NamedTuple):
     """What this router's journeys occupy on one worker.
 
     Prompts there or on their way: how many, their tokens, and the sum of the squares of those, which their attention grows
-    with; the first of them is at work since `since`. `running` requests hold `context_tokens`; of them `coming` still have
-    their prompts computed elsewhere, which have `coming_tokens`.
+    with; the first of them, of `first_tokens`, is at work since `since`. `running` requests hold `context_tokens`; of them
+    `coming` still have their prompts computed elsewhere, which have `coming_tokens`.
     """
 
     prefills: int = 0
@@ -120,6 +121,7 @@ class Held(NamedTuple):
     context_tokens: int = 0
     coming: int = 0
     coming_tokens: int = 0
+    first_tokens: int = 0
 
 
 NOTHING = Held()
@@ -130,6 +132,7 @@ class Claims:
 
     def __init__(self) -> None:
         self._held: dict[str, Held] = {}
+        self._prompts: dict[str, deque[int]] = {}  # of each worker in turn, by their tokens
 
     def swap(self, old: Claim, new: Claim, now: float = 0.0) -> None:
         """A journey left `old` and occupies `new`."""
@@ -161,8 +164,15 @@ class Claims:
     def _add(self, claim: Claim, sign: int, now: float) -> None:
         tokens = claim.prefill_tokens
         if claim.prefill is not None:
-            held = self.held(claim.prefill)
-            at_work = sign > 0 and held.prefills > 0  # the first one still is; else another one begins
+            held, line = self.held(claim.prefill), self._prompts.setdefault(claim.prefill, deque())
+            assert sign > 0 or tokens in line, "a claim was given back twice"
+            at_work = len(line) > (sign < 0) and (sign > 0 or line[0] != tokens)  # the first one still is
+            if sign > 0:
+                line.append(tokens)
+            else:
+                line.remove(tokens)  # the first of them where several are alike: they take the same
+            if not line:
+                del self._prompts[claim.prefill]
             self._keep(
                 claim.prefill,
                 held._replace(
@@ -170,6 +180,7 @@ class Claims:
                     prefill_tokens=held.prefill_tokens + sign * tokens,
                     prefill_squares=held.prefill_squares + sign * tokens * tokens,
                     since=held.since if at_work else now,
+                    first_tokens=line[0] if line else 0,
                 ),
             )
         if claim.decode is not None:

@@ -146,7 +146,12 @@ def test_prompts_ahead_count_one_by_one_less_what_is_done_of_the_first():
     each_s = [tokens * 1e-3 + tokens * (tokens + 1) / 2 * 1e-6 for tokens in (100, 200)]
     assert pool.queue_s(5.0) == pytest.approx([sum(each_s)])
     assert pool.queue_s(5.05) == pytest.approx([sum(each_s) - 0.05])
-    assert pool.queue_s(99.0) == pytest.approx([sum(each_s) / 2]), "the first one is late, and the second has not begun"
+    assert pool.queue_s(99.0) == pytest.approx([each_s[1]]), "the first one is late, and the second has not begun"
+    short = Claim("p0", 10, "d0", 10)
+    claims.swap(NO_CLAIM, short, now=5.05)
+    claims.swap(short, NO_CLAIM, now=5.1)  # cancelled in the line: the first one is where it was
+    pool.refresh(("p0",))
+    assert pool.queue_s(5.1) == pytest.approx([sum(each_s) - 0.1])
     claims.swap(Claim("p0", 100, "d0", 100), Claim(None, 0, "d0", 100), now=5.2)
     pool.refresh(("p0",))
     assert pool.queue_s(5.2) == pytest.approx([each_s[1]])

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.request import AttemptKey, WorkItem
@@ -22,6 +22,7 @@ def command(number: int, tokens: int):
 SIZES = st.lists(st.sampled_from((0, 0, 0, 10, 60_000, 300_000)), min_size=1, max_size=100)
 
 
+@settings(deadline=None)
 @given(SIZES)
 def test_nothing_is_lost_or_overtaken_and_no_message_is_larger_than_it_must_be(sizes):
     made = [command(number, tokens) for number, tokens in enumerate(sizes)]
