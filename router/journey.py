@@ -252,10 +252,8 @@ class Journey:
 
     def _on_lost(self, now: float, event: ev.WorkerLost, out: list[Command]) -> None:
         attempt = self._attempt
-        if attempt is None:
-            return
-        next_leg = self.state is State.RESERVING and event.worker == attempt.prefill
-        if next_leg or event.worker in attempt.legs:
+        next_leg = attempt and self.state is State.RESERVING and event.worker == attempt.prefill
+        if attempt and (next_leg or event.worker in attempt.legs):
             attempt.legs.discard(event.worker)
             self._lose(now, event.worker, event.reason, out)
 
