@@ -46,8 +46,15 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: within five minutes on two cores")
-    parser.add_argument("--data", type=Path, help="a folder with traces/, profiles/ and spot/; copied-in data otherwise")
+    parser.add_argument("--data", type=_data_folder, help="a folder with traces/, profiles/ and spot/; copied-in data otherwise")
     return parser
+
+
+def _data_folder(given: str) -> Path:
+    folder = Path(given)
+    if not any((folder / name).is_dir() for name in ("traces", "profiles", "spot")):
+        raise argparse.ArgumentTypeError(f"{given} has none of traces/, profiles/ and spot/: name the folder above them")
+    return folder
 
 
 def machine() -> str:
