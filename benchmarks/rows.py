@@ -46,7 +46,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: within five minutes on two cores")
-    parser.add_argument("--data", type=_data_folder, help="a folder with traces/, profiles/ and spot/; copied-in data otherwise")
+    parser.add_argument("--data", type=_data_folder, help="a folder with traces/, profiles/, spot/; copied-in data otherwise")
     return parser
 
 
