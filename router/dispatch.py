@@ -257,7 +257,8 @@ class Dispatcher:
     def _need(self, live: Live, situation: Situation, avoid: frozenset[str] = NOBODY) -> Need:
         if live.keys is None:
             live.keys = self.placer.keys(situation, live.journey.spec)
-        return self.placer.need(live.journey, avoid, live.prefer, live.keys, self._clock.now())
+        its_turn = self.queue.turn_of_overdue(now := self._clock.now()) == live.journey.spec.request_id
+        return self.placer.need(live.journey, avoid, live.prefer, live.keys, now, its_turn)
 
     def _forget(self, live: Live) -> None:
         spec = live.journey.spec
@@ -283,8 +284,8 @@ class Dispatcher:
         refusal = self.room.wait(spec, facts.arrived_at, situation, need, urgent=facts.failovers > 0)
         if self._probing == spec.request_id:
             self._probing = None  # nobody has room: the next change of the cluster wakes the head again
-            if self.queue.head(need.now) != spec.request_id:
-                self._pump_soon()  # ... but it lets others go first
+            if self.queue.head(need.now) != spec.request_id:  # ... but it lets others go first
+                self._pump_soon()
         if live.asked_at not in (None, self._changes):
             self._pump_soon()  # ... and one came while the refusal was on its way
         live.asked_at = None
@@ -339,8 +340,7 @@ class Dispatcher:
             self._alarms.set(request_id, min(wake_at, self._clock.now() + ALARM_MAX_S))
 
     def _ring(self, request_id: str, now: float) -> None:
-        live = self._live.get(request_id)
-        if live is None:
+        if (live := self._live.get(request_id)) is None:
             return
         if live.look_at <= now:
             self._look_again(live, now)

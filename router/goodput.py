@@ -57,7 +57,7 @@ class Goodput(Scored):
                 ranked = _ranked(situation, unhurried, calm(prefill, prefills, need), decodes, _with_room(whole, wholes, need))
                 if not ranked or not in_a_lull(ranked[0]):
                     return Decision(WAITS)
-            if crowded(ranked[0], need, late):
+            if crowded(ranked[0], need):
                 return Decision(WAITS if late else CROWDED)
         candidates = tuple(one.candidate() for one in ranked[:KEPT])
         return Decision(candidates[0].pair, candidates, _why(candidates))

@@ -20,9 +20,9 @@ AHEAD_TOKENS = 1024
 """Of prompts, left to compute where the next one is sent to: a step is filled up with the prompt behind."""
 CALM_S = 1e-3
 """Left to compute where a prompt may be sent that can keep no limit."""
-GAP_OVER, GAP_OVER_LATE = 1.08, 1.03
-"""Part of its limit that a predicted gap may fill; that of a request which is late anyway. Above one, because predictions count
-everybody who is known to come as staying."""
+GAP_FILLED = 0.96
+"""Part of its limit that a predicted gap may fill. While too many come, gaps are always as long as this allows, so above one
+everybody would miss the limit; a little below, because predictions err."""
 TOO_LATE = 1.15
 """Times its limit that a first token must be predicted to take for the request to count as lost: predictions err."""
 OUT_OF_TIME_S = 2e-3
@@ -56,12 +56,14 @@ def calm(prefill: Pool, rows: Rows, need: Need) -> Rows:
     return rows[prefill.queue_s(need.now)[rows] <= CALM_S]
 
 
-def crowded(best: Ranked, need: Need, late: bool) -> bool:
-    """Whether gaps would be over the limit where it goes, for it and for those who run there."""
+def crowded(best: Ranked, need: Need) -> bool:
+    """Whether gaps would be over the limit where it goes, for it and for those who run there. A limit that nobody keeps even
+    alone is none."""
     limits = [limit for limit in (need.slo.tbt_s, need.slo.tpot_s) if limit is not None]
     if not limits or not best.runs_beside():
         return False
-    return best.candidate().step_s > (GAP_OVER_LATE if late else GAP_OVER) * min(limits)
+    candidate, limit_s = best.candidate(), min(limits)
+    return candidate.step_s > GAP_FILLED * limit_s and candidate.standard_gap_s <= limit_s
 
 
 def in_a_lull(best: Ranked) -> bool:

@@ -30,8 +30,6 @@ from router.view import NOTHING, Claim, Claims, ClusterView, Held
 log = logging.getLogger(__name__)
 
 INDEX_BLOCKS_MAX = 1_000_000
-PATIENT_S = 10.0
-"""How long after its arrival a policy may let a request wait beside free places."""
 
 
 class Placer:
@@ -82,18 +80,23 @@ class Placer:
         return situation.prompt_keys(spec.prompt, spec.cache_salt) if self.index is not None else ()
 
     def need(
-        self, journey: Journey, avoid: frozenset[str], prefer: Pair | None, keys: tuple[BlockKey, ...], now: float
+        self,
+        journey: Journey,
+        avoid: frozenset[str],
+        prefer: Pair | None,
+        keys: tuple[BlockKey, ...],
+        now: float,
+        its_turn: bool = False,
     ) -> Need:
         """What the journey asks for now. Of its TTFT limit, what is left; whoever has tokens out cannot miss it any more.
-        It may be made to wait until `PATIENT_S` after its arrival."""
+        A policy may make it wait, unless it is `its_turn` after having waited for long."""
         spec, so_far = journey.spec, len(journey.log)
         slo = spec.slo
         if slo.ttft_s is not None:
             left_s = None if so_far else max(slo.ttft_s - (now - journey.facts.arrived_at), 1e-3)
             slo = replace(slo, ttft_s=left_s)
         tokens = len(spec.prompt) + so_far
-        fresh = now - journey.facts.arrived_at < PATIENT_S
-        may_wait = fresh and not so_far and prefer is None and spec.choice == 0
+        may_wait = not its_turn and not so_far and prefer is None and spec.choice == 0
         return Need(tokens, avoid, prefer, keys, slo=slo, output_tokens=self.answer(spec, so_far), now=now, may_wait=may_wait)
 
     def decide(self, situation: Situation, need: Need, journey: Journey) -> Decision:

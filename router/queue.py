@@ -3,7 +3,7 @@
 Requests that already have tokens out (failovers) go first. Then the class of the highest priority; within it the tenant
 that was served least (`router.fairness`); within that, `router.order`. So that nobody starves, one place in
 `AGED_EVERY` goes to whoever has waited longest, once that is longer than `aging_s`: from then on a request waits for at most
-`AGED_EVERY` places for itself and each of those that came before it.
+`AGED_EVERY` places for itself and each of those that came before it, and no policy may keep it waiting when its turn has come.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from router.heap import KeyedHeap
 from router.order import Fcfs, Order, Waiting
 
 AGED_EVERY = 4
+STANDSTILL_S = 1.0
+"""After which, when nobody has had a place, the overdue go: a policy may have kept all of them waiting."""
 WHOLE: Mapping[str, float] = MappingProxyType({})
 
 
@@ -48,6 +50,7 @@ class WaitQueue:
         self._ranks: list[int] = []  # negated priorities of the levels, sorted
         self._by_class: Counter[str] = Counter()
         self._passed_over = 0  # places given to others while the longest waiting was overdue
+        self._moved_at = -math.inf  # when somebody had the last place, or began to wait alone
         self._yields_until = -math.inf  # until then who is late goes behind everybody who is not
 
     def __len__(self) -> int:
@@ -86,6 +89,8 @@ class WaitQueue:
         if urgent:
             self._urgent[waiting.request_id] = None
             return
+        if not self._new:
+            self._moved_at = max(self._moved_at, waiting.since)
         self._new[waiting.request_id] = waiting
         self._counters.arrive(waiting.tenant)
         self._by_class[waiting.slo_class] += 1
@@ -118,6 +123,7 @@ class WaitQueue:
 
     def taken(self, request_id: str, now: float) -> None:
         """It has its place, and leaves the queue."""
+        self._moved_at = now
         overdue = self._overdue(now)
         if request_id in self._new and overdue is not None:
             self._passed_over = 0 if request_id == overdue else self._passed_over + 1
@@ -126,8 +132,8 @@ class WaitQueue:
     def head(self, now: float) -> str | None:
         for request_id in self._urgent:
             return request_id
-        overdue = self._overdue(now)
-        if overdue is not None and self._passed_over >= AGED_EVERY - 1:
+        overdue = self.turn_of_overdue(now)
+        if overdue is not None:
             return overdue
         if not self._ranks:
             return None
@@ -147,6 +153,11 @@ class WaitQueue:
             return len(self._urgent) + above
         mine = len(level.lines.get(tenant, ()))
         return len(self._urgent) + above + min(level.waiting, (mine + 1) * len(level.lines))
+
+    def turn_of_overdue(self, now: float) -> str | None:
+        """Who has waited longest and for long, if it must be served now: others went before it, or nobody goes at all."""
+        stands_still = now - self._moved_at >= STANDSTILL_S
+        return self._overdue(now) if stands_still or self._passed_over >= AGED_EVERY - 1 else None
 
     def _overdue(self, now: float) -> str | None:
         for request_id, waiting in self._new.items():

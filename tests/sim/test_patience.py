@@ -40,3 +40,21 @@ def test_a_prompt_that_is_late_anyway_keeps_nobody_from_a_free_worker():
     assert min(first_s[2500]) > TTFT_S
     assert len(first_s[200]) == 30
     assert max(first_s[200]) < TTFT_S
+
+
+def test_when_more_come_than_gaps_allow_some_keep_their_limits_and_nobody_starves():
+    """25 requests a second are all that decode within the limit of gaps; 38 come, for ten seconds, and all are answered."""
+    slo = {"ttft_s": 0.5, "tbt_s": 0.02}
+    config = Config.model_validate(
+        {
+            "engine": {"block_size": 16, "kv_bytes": "64MiB", "max_running": 256, "max_step_tokens": 1024},
+            "sim": {"pools": [{"role": "prefill", "count": 2}, {"role": "decode"}], "slo": slo},
+        }
+    )
+    come = [Arrival(n / 38, 50, 100) for n in range(380)]
+    met = {}
+    for policy in ("goodput", "least_load"):
+        report = simulate(config, come, policy, 1, model=CostModel(COST, 64)).report
+        assert report["completed"] == len(come)
+        met[policy] = report["attainment"]["joint"]
+    assert met["goodput"] > 0.5 > 0.1 > met["least_load"]

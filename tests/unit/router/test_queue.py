@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from core.request import Slo
 from router.fairness import INPUT_WEIGHT, VirtualCounters
 from router.order import LEVELS, ORDERS, PROMOTE_S, QUANTUM_S, Fcfs, Mlfq, Slack, Waiting
-from router.queue import AGED_EVERY, Pace, WaitQueue
+from router.queue import AGED_EVERY, STANDSTILL_S, Pace, WaitQueue
 
 
 def drain(queue: WaitQueue, now: float = 0.0) -> list[str]:
@@ -138,12 +138,26 @@ def test_one_place_in_four_goes_to_whoever_waits_longest():
         queue.add(Waiting(f"chat{number}", priority=10, since=5.0))
     now = 9.9
     assert queue.head(now) == "chat0"
+    queue.add(Waiting("quick", priority=20, since=now))
+    queue.taken("quick", now)
     order = []
     for _ in range(AGED_EVERY):
         now += 0.1
         order.append(queue.head(now))
         queue.taken(order[-1], now)
     assert order == ["chat0", "chat1", "chat2", "old"]
+
+
+def test_whoever_waits_longest_must_be_served_when_nobody_is():
+    queue = WaitQueue(100, aging_s=10.0)
+    queue.add(Waiting("old", priority=-10, since=0.0))
+    queue.add(Waiting("chat", priority=10, since=5.0))
+    assert (queue.head(9.9), queue.turn_of_overdue(9.9)) == ("chat", None), "nobody is overdue"
+    assert queue.head(10.0) == queue.turn_of_overdue(10.0) == "old"
+    queue.add(Waiting("quick", priority=20, since=10.0))
+    queue.taken("quick", 10.0)
+    assert (queue.head(10.9), queue.turn_of_overdue(10.9)) == ("chat", None), "it goes on"
+    assert queue.turn_of_overdue(10.0 + STANDSTILL_S) == "old"
 
 
 def test_who_waits_for_a_lull_lets_those_in_time_go_first_whatever_their_tenant_and_class():
