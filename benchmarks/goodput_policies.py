@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 from statistics import fmean
 
@@ -24,9 +25,13 @@ FULL = (20.0, 2, 20.0, (0.5, 0.7, 0.85, 1.0, 1.15, 1.35))
 which parts of what the search found."""
 
 
-async def policy_rows(load: Conversations, slo: Slo, quick: bool, first_rate: float, how: str) -> tuple[list[Row], list[Line]]:
+async def policy_rows(
+    load: Conversations, slo: Slo, quick: bool, chosen: Collection[str], first_rate: float, how: str
+) -> tuple[list[Row], list[Line]]:
+    """`chosen`: which others; empty: all of them, or the QUICK_POLICIES."""
     names = [FIRST, *sorted(set(POLICIES) - {FIRST})]
-    measured = [name for name in names if name in QUICK_POLICIES] if quick else names
+    chosen = {FIRST, *(chosen or (QUICK_POLICIES if quick else names))}
+    measured = [name for name in names if name in chosen]
     search_s, halvings, duration_s, steps = QUICK if quick else FULL
     plan = Plan(search_s, halvings, first_rate / 2)  # the routers of all policies share the cores
     shared = Conversations(load.lengths, load.scale, SHARED)
@@ -39,7 +44,9 @@ async def policy_rows(load: Conversations, slo: Slo, quick: bool, first_rate: fl
     for name in names[1:]:
         claim = f"rate at {SHARE:.0%}, {FIRST} / {name}"
         if name not in curves:
-            rows.append(Row(f"policy.{name}", claim, None, "x", 1.0, ">=", name, "not part of --quick"))
+            rows.append(
+                Row(f"policy.{name}", claim, None, "x", 1.0, ">=", name, "not asked for: --policies, or without --quick")
+            )
             continue
         rate, said = _rate(curves[name])
         both = f"{FIRST} {first_said}, {name} {said}; {how}"
