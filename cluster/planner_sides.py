@@ -8,6 +8,7 @@ above its mean, and the hand-over of its KV. Colocated replicas mix both: a shar
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,11 +16,14 @@ import numpy as np
 
 from cluster.closed_forms import wait_s
 from cluster.planner_offers import Floats, Offer, Workload
+from core.cost_model import StepCost
 from core.request import Slo
 
 ROUNDS = 40
 """For a batch to settle: longer steps make it larger, a larger one makes steps longer."""
 BATCH_MAX = 1e5
+STEP_S_MIN = 1e-6
+"""No step is free, though costs that were learned from few of them may say so."""
 
 
 class Side(NamedTuple):
@@ -35,14 +39,14 @@ class Side(NamedTuple):
 @lru_cache(maxsize=1024)
 def prompt_s(offer: Offer, work: Workload) -> Floats:
     """Each prompt alone, in chunks of `offer.step_tokens`."""
-    steps, tokens = offer.cost.steps, work.inputs
+    steps, tokens = _steps(offer), work.inputs
     pieces = np.ceil(tokens / offer.step_tokens)
     return np.asarray(pieces * steps.base_s + steps.prefill_token_s * tokens + steps.prefill_pair_s * tokens * (tokens + 1) / 2)
 
 
 def answer_s(offer: Offer, work: Workload) -> float:
     """Machine time of a request's answer in a batch so full that nothing else counts."""
-    steps = offer.cost.steps
+    steps = _steps(offer)
     return float(np.mean(work.outputs * (steps.decode_row_s + steps.decode_context_s * (work.inputs + work.outputs / 2))))
 
 
@@ -59,10 +63,10 @@ def decode_side(offer: Offer, servers: float, rate_rps: float, work: Workload, s
     row_s, square = _rows(offer, work)
     tokens = rate_rps / servers * work.mean_output
     spare = 1 - tokens * row_s
-    batch = tokens * offer.cost.steps.base_s / spare if spare > 0 else math.inf
+    batch = tokens * _steps(offer).base_s / spare if spare > 0 else math.inf
     if batch > BATCH_MAX:
         return Side(np.ones_like(work.inputs), np.zeros_like(work.inputs), 0.0, 0.0)
-    gap_s = offer.cost.steps.base_s + max(1.0, batch) * row_s
+    gap_s = _steps(offer).base_s + max(1.0, batch) * row_s
     hand_over_s = offer.link.latency_s + work.inputs * offer.cost.kv_token_bytes / offer.link.bytes_per_s
     tbt = _within_tbt(gap_s, math.sqrt(batch * square), hand_over_s, work, slo)
     return Side(np.ones_like(tbt), tbt, _held(offer, batch, work), work.mean_output * gap_s)
@@ -76,7 +80,7 @@ def mixed_side(offer: Offer, servers: float, rate_rps: float, work: Workload, sl
     mean_pieces = float(np.mean(pieces))
     batch = load = share = 0.0
     for _ in range(ROUNDS):
-        mixed_s, plain_s = chunk_s + batch * row_s, offer.cost.steps.base_s + batch * row_s
+        mixed_s, plain_s = chunk_s + batch * row_s, _steps(offer).base_s + batch * row_s
         load = rate * mean_pieces * mixed_s
         if load >= 1 or batch > BATCH_MAX:
             nobody = np.zeros_like(alone)
@@ -84,7 +88,7 @@ def mixed_side(offer: Offer, servers: float, rate_rps: float, work: Workload, sl
         steps_per_s = load / mixed_s + (1 - load) / plain_s
         share = load / mixed_s / steps_per_s
         batch = (batch + rate * work.mean_output / steps_per_s) / 2
-    mixed_s, plain_s = chunk_s + batch * row_s, offer.cost.steps.base_s + batch * row_s
+    mixed_s, plain_s = chunk_s + batch * row_s, _steps(offer).base_s + batch * row_s
     gaps = np.maximum(work.outputs - 1, 1)
     slowest = np.ceil(gaps / 10)
     chunks = np.minimum(slowest, share * gaps)  # of the slowest gaps, those that carried a chunk
@@ -94,10 +98,15 @@ def mixed_side(offer: Offer, servers: float, rate_rps: float, work: Workload, sl
     return Side(ttft, tbt, _held(offer, batch, work), stay_s)
 
 
+def _steps(offer: Offer) -> StepCost:
+    steps = offer.cost.steps
+    return steps if steps.base_s >= STEP_S_MIN else replace(steps, base_s=STEP_S_MIN)
+
+
 @lru_cache(maxsize=1024)
 def _rows(offer: Offer, work: Workload) -> tuple[float, float]:
     """What a running row adds to a step, in the mean over the rows that run, and the mean of its square."""
-    steps = offer.cost.steps
+    steps = _steps(offer)
     each = steps.decode_row_s + steps.decode_context_s * (work.inputs + work.outputs / 2)
     return float(np.average(each, weights=work.outputs)), float(np.average(each**2, weights=work.outputs))
 

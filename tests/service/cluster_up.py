@@ -64,7 +64,7 @@ def tandem_up(folder: Path, *flags: str, config: str = "") -> Iterator[Cluster]:
     folder.mkdir(parents=True, exist_ok=True)
     log, file = folder / "log", folder / "tandem.yaml"
     file.write_text(config)
-    command = [TANDEM, "up", "--config", str(file), "--launcher", "local", *flags]
+    command = [TANDEM, "--traceback", "up", "--config", str(file), "--launcher", "local", *flags]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
     try:

@@ -163,6 +163,23 @@ def test_what_is_planned_can_be_had_and_meets_what_it_says(rate_rps: float, slo:
         assert 0 < found.goodput_rps.mean < 20 * max(rate_rps, 1)
 
 
+parts = st.sampled_from([0.0, 1e-9, 1e-4, 0.01])
+
+
+@settings(max_examples=100, deadline=None)
+@given(base_s=parts, prompt_s=parts, pair_s=parts, row_s=parts, context_s=parts, rate_rps=st.sampled_from([0.1, 5.0, 100.0]))
+def test_whatever_steps_are_learned_to_cost_can_be_judged(
+    base_s: float, prompt_s: float, pair_s: float, row_s: float, context_s: float, rate_rps: float
+) -> None:
+    """Of few steps it may be learned that one of their parts, or all of them, cost nothing."""
+    plain = offer()
+    learned = replace(plain, cost=replace(plain.cost, steps=StepCost(base_s, prompt_s, pair_s, row_s, context_s)))
+    judge = Analytic(workload(), Slo(ttft_s=1.0, tbt_s=0.1))
+    pair = (Pool(WorkerRole.PREFILL, learned, 1), Pool(WorkerRole.DECODE, learned, 1))
+    for pools in (pair, (Pool(WorkerRole.COLOCATED, learned, 1),), (*pair, Pool(WorkerRole.COLOCATED, learned, 2))):
+        assert all(0 <= part <= 1 + 1e-9 for part in judge(pools, rate_rps))
+
+
 def test_a_trace_of_nothing_is_refused() -> None:
     for requests in ([], [Arriving(0.0, 1, 1)], [Arriving(1.0, 1, 1)] * 3):
         with pytest.raises(ConfigError, match="two requests"):
