@@ -196,7 +196,13 @@ class Controller:
     def _scale(self, scaling: Scaling, now: float) -> None:
         """What the load asks for, through the same doors as an operator: who leaves finishes first."""
         reports = [member.report for member in self.snapshot().members]
-        for change in scaling.decide(reports, self._reconciler, self._launcher, now):
+        try:
+            changes = scaling.decide(reports, self._reconciler, self._launcher, now)
+        except Exception:  # a plan is no reason to end a cluster that serves
+            log.exception("pools stay as they are, and are not scaled any more: planning for the load failed; please report it")
+            self._scaling = None
+            return
+        for change in changes:
             if isinstance(change, Retire):
                 report = self.snapshot().find(change.worker_id)
                 assert report is not None, "it was chosen among the reports"

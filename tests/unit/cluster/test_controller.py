@@ -18,6 +18,7 @@ import pytest
 from cluster.controller import Controller, desired_of
 from cluster.launcher import LocalLauncher
 from cluster.report import ClusterSnapshot
+from cluster.scaling import Scaling
 from cluster.service import ClusterServicer, cluster_registration
 from cluster.wire import snapshot_from_pb
 from core.config import load
@@ -225,3 +226,19 @@ async def test_load_makes_the_controller_add_a_process_and_quiet_ends_it(tmp_pat
         await running.until(lambda s: len(s.members) == 2)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+async def test_a_plan_that_fails_ends_scaling_and_not_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_plan(*_: object) -> list[object]:
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr(Scaling, "decide", no_plan)
+    async with cluster(cluster__autoscale="auto") as running:
+        await running.until(lambda s: ready(s) == {"router-0", "prefill-0", "decode-0"})
+        async with asyncio.timeout(DEADLINE_S):
+            while running.controller._scaling is not None:
+                await running.stub.GetStatus(pb.GetStatusRequest())
+        assert not running.control.done()
+    assert caplog.text.count("not scaled any more") == 1
