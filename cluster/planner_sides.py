@@ -60,27 +60,27 @@ def prefill_side(offer: Offer, servers: float, rate_rps: float, work: Workload, 
 
 
 def decode_side(offer: Offer, servers: float, rate_rps: float, work: Workload, slo: Slo) -> Side:
-    row_s, square = _rows(offer, work)
+    (row_s, square), base_s = _rows(offer, work), _steps(offer).base_s
     tokens = rate_rps / servers * work.mean_output
     spare = 1 - tokens * row_s
-    batch = tokens * _steps(offer).base_s / spare if spare > 0 else math.inf
+    batch = tokens * base_s / spare if spare > 0 else math.inf
     if batch > BATCH_MAX:
         return Side(np.ones_like(work.inputs), np.zeros_like(work.inputs), 0.0, 0.0)
-    gap_s = _steps(offer).base_s + max(1.0, batch) * row_s
+    gap_s = base_s + max(1.0, batch) * row_s
     hand_over_s = offer.link.latency_s + work.inputs * offer.cost.kv_token_bytes / offer.link.bytes_per_s
     tbt = _within_tbt(gap_s, math.sqrt(batch * square), hand_over_s, work, slo)
     return Side(np.ones_like(tbt), tbt, _held(offer, batch, work), work.mean_output * gap_s)
 
 
 def mixed_side(offer: Offer, servers: float, rate_rps: float, work: Workload, slo: Slo) -> Side:
-    row_s, square = _rows(offer, work)
+    (row_s, square), base_s = _rows(offer, work), _steps(offer).base_s
     alone, rate = prompt_s(offer, work), rate_rps / servers
     pieces = np.ceil(work.inputs / offer.step_tokens)
     chunk_s = float(np.sum(alone) / np.sum(pieces))
     mean_pieces = float(np.mean(pieces))
     batch = load = share = 0.0
     for _ in range(ROUNDS):
-        mixed_s, plain_s = chunk_s + batch * row_s, _steps(offer).base_s + batch * row_s
+        mixed_s, plain_s = chunk_s + batch * row_s, base_s + batch * row_s
         load = rate * mean_pieces * mixed_s
         if load >= 1 or batch > BATCH_MAX:
             nobody = np.zeros_like(alone)
@@ -88,7 +88,7 @@ def mixed_side(offer: Offer, servers: float, rate_rps: float, work: Workload, sl
         steps_per_s = load / mixed_s + (1 - load) / plain_s
         share = load / mixed_s / steps_per_s
         batch = (batch + rate * work.mean_output / steps_per_s) / 2
-    mixed_s, plain_s = chunk_s + batch * row_s, _steps(offer).base_s + batch * row_s
+    mixed_s, plain_s = chunk_s + batch * row_s, base_s + batch * row_s
     gaps = np.maximum(work.outputs - 1, 1)
     slowest = np.ceil(gaps / 10)
     chunks = np.minimum(slowest, share * gaps)  # of the slowest gaps, those that carried a chunk

@@ -105,7 +105,7 @@ class Split:
             ttft_s, late_s = self._ttft_s.item(p), tenth * self._exposed_s(p)
             name, load = prefill.names[p], prefill.waiting_tokens.item(p)
             for d, its_name, its_gap_s, its_load, harm in sides[: LOOKED_AT // n]:  # who is better on both sides comes first
-                rank = _rank(goal, harm, ttft_s, its_gap_s + late_s, load + its_load, its_name + name)
+                rank = rank_of(goal, harm, ttft_s, its_gap_s + late_s, load + its_load, its_name + name)
                 pairs.append(Ranked(rank, self, p, d))
         return pairs
 
@@ -120,7 +120,7 @@ class Split:
             self._ttft_s.item(p),
             step_s + goal.tenth * late_s,
             rank[2],
-            _reason(rank),
+            reason_of(rank),
             overhead_s=prefill.corrections.overhead_s.item(p),
             queue_s=self._queue_s.item(p),
             prefill_s=self._prefill_s.item(p),
@@ -172,7 +172,7 @@ class Whole:
         missed = _missing(self._harmed, (self._ttft_s, goal.ttft_s), (self._gap_s, goal.gap_s))
         return [
             Ranked(
-                _rank(
+                rank_of(
                     goal,
                     0.0 if self._harmed is None else self._harmed.item(row),
                     self._ttft_s.item(row),
@@ -197,7 +197,7 @@ class Whole:
             self._ttft_s.item(row),
             gap_s,
             rank[2],
-            _reason(rank),
+            reason_of(rank),
             overhead_s=pool.corrections.overhead_s.item(row),
             queue_s=self._queue_s.item(row),
             prefill_s=self._prefill_s.item(row),
@@ -244,7 +244,7 @@ def _prompt(situation: Situation, pool: Pool, need: Need, cached: Column) -> tup
     )
 
 
-def _rank(goal: Goal, harm: float, ttft_s: float, gap_s: float, load: float, name: str) -> Rank:
+def rank_of(goal: Goal, harm: float, ttft_s: float, gap_s: float, load: float, name: str) -> Rank:
     risk, over = harm, 0.0
     for predicted_s, limit_s in ((ttft_s, goal.ttft_s), (gap_s, goal.gap_s)):
         if predicted_s > limit_s:
@@ -253,7 +253,7 @@ def _rank(goal: Goal, harm: float, ttft_s: float, gap_s: float, load: float, nam
     return risk, over, ttft_s + goal.output_tokens * gap_s, load, name
 
 
-def _reason(rank: Rank) -> str:
+def reason_of(rank: Rank) -> str:
     risk, over, *_ = rank
     text = f"{risk:.2g} at risk" if risk else "within limits"
     return f"{text}, {over:.0%} over" if over else text

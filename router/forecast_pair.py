@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from router.forecast import ASKING_S, CHUNK_TOKENS, Goal, _rank, _reason
+from router.forecast import ASKING_S, CHUNK_TOKENS, Goal, rank_of, reason_of
 from router.policy import Candidate, Need, Pair
 from router.pools import Pool
 from router.situation import Situation
@@ -37,13 +37,13 @@ def _split(situation: Situation, need: Need, p: int, d: int) -> Candidate:
     harm, join_s = _harm(decode, before_s, step_s, goal, d), decode.corrections.join_s.item(d)
     exposed_s = link.latency_s + min(new, CHUNK_TOKENS) * (situation.token_bytes / link.bytes_per_s)
     late_s = exposed_s + join_s
-    rank = _rank(goal, harm, ttft_s, step_s + goal.tenth * join_s + goal.tenth * exposed_s, 0.0, "")
+    rank = rank_of(goal, harm, ttft_s, step_s + goal.tenth * join_s + goal.tenth * exposed_s, 0.0, "")
     return Candidate(
         Pair(prefill.names[p], decode.names[d]),
         ttft_s,
         step_s + goal.tenth * late_s,
         rank[2],
-        _reason(rank),
+        reason_of(rank),
         overhead_s=overhead_s,
         queue_s=queue_s,
         prefill_s=prefill_s,
@@ -66,13 +66,13 @@ def _whole(situation: Situation, pool: Pool, need: Need, row: int) -> Candidate:
     context = pool.context.item(row) + (need.tokens + need.output_tokens / 2)
     gap_s = cost.base_s.item(row) + cost.decode_row_s.item(row) * (running + 1.0) + cost.decode_context_s.item(row) * context
     felt_s = now_s + cost.prefill_token_s.item(row) * min(new, CHUNK_TOKENS)
-    rank = _rank(goal, _harm(pool, now_s, felt_s, goal, row), ttft_s, gap_s, 0.0, "")
+    rank = rank_of(goal, _harm(pool, now_s, felt_s, goal, row), ttft_s, gap_s, 0.0, "")
     return Candidate(
         Pair(None, pool.names[row]),
         ttft_s,
         gap_s,
         rank[2],
-        _reason(rank),
+        reason_of(rank),
         overhead_s=overhead_s,
         queue_s=queue_s,
         prefill_s=prefill_s,
