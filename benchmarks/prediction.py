@@ -2,9 +2,10 @@
 
 Claims (issue "The router"): relative error of the predicted TTFT and TPOT against what came, median at most 15 %, 90th
 percentile at most 40 %. Both count from the decision that placed the request. Requests arrive as a Poisson process; prompts and
-answers have long-tailed lengths, as conversations do; nothing is shared, so that every prompt is computed. The rate keeps the
-prefill worker busy for a given part of the time, by what prompts take it alone, one after another, at the start of the run.
-The first seconds of load are not counted: workers and router learn from them.
+answers have long-tailed lengths, as conversations do; nothing is shared, so that every prompt is computed. The rate is a given
+part of what the cluster bears: the requests a second that it completes, at the start of the run, for as many clients as keep it
+busy, each asking for the next as soon as it has the last. (What prefill alone would bear says little here: on one machine the
+pools share its cores.) The first seconds of load are not counted: workers and router learn from them.
 
     python -m benchmarks.prediction [--quick] [--json FILE] [--load SHARE] [--policy NAME] [--dump FILE]
 """
@@ -29,7 +30,8 @@ from tandem import AsyncClient, Explanation, Result, SamplingParams, TandemError
 SPLIT = ("--prefill", "1", "--decode", "1", "--launcher", "local")
 CONFIG = "engine: {{threads: 1}}\nrouter: {{policy: {policy}}}\n"
 WARM_S = 15.0
-PROBES = 12
+PROBES, PROBING = 96, 8
+"""Requests of the probe, and clients that ask at once."""
 PROMPT_TOKENS, PROMPT_SPREAD, PROMPT_MAX = 220.0, 0.8, 900
 ANSWER_TOKENS, ANSWER_SPREAD, ANSWER_MAX = 60.0, 0.6, 240
 BARS = {"p50": 0.15, "p90": 0.40}
@@ -62,11 +64,20 @@ async def ask(client: AsyncClient, request: Asked) -> Result:
     return await client.generate(request.prompt, params, request_id=request.request_id)
 
 
-async def rate_for(address: str, share: float) -> float:
-    """Requests per second that keep the prefill worker busy for `share` of the time."""
-    async with AsyncClient(address) as client:
-        alone = [await ask(client, request) for request in load(2.0, PROBES, seed=0)[:PROBES]]
-    return share / (sum(result.timing.prefill_s for result in alone) / len(alone))
+async def borne(address: str) -> float:
+    """Requests per second that the cluster completes when `PROBING` clients never pause. The first quarter is not counted."""
+    probes, ended_at = iter(load(2.0, 2.0 * PROBES, seed=0)[:PROBES]), list[float]()
+
+    async def keep_asking(client: AsyncClient) -> None:
+        for request in probes:
+            await ask(client, request)
+            ended_at.append(time.monotonic())
+
+    async with AsyncClient(address) as client, asyncio.TaskGroup() as group:
+        for _ in range(PROBING):
+            group.create_task(keep_asking(client))
+    counted = ended_at[len(ended_at) // 4 :]
+    return (len(counted) - 1) / (counted[-1] - counted[0])
 
 
 async def drive(address: str, asked: list[Asked]) -> list[Explanation]:
@@ -111,20 +122,20 @@ def rows(known: list[Explanation], how: str) -> list[Row]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--load", type=float, default=0.5, help="part of the time that prefill is busy")
+    parser.add_argument("--load", type=float, default=0.5, help="part of the requests per second that the cluster bears")
     parser.add_argument("--policy", default="goodput", help="of the router; any of them predicts where it places")
     parser.add_argument("--dump", type=Path, help="write every explanation to this file")
     options = parser.parse_args()
     seconds = WARM_S + (30.0 if options.quick else 120.0)
     with tandem(*SPLIT, config=CONFIG.format(policy=options.policy)) as cluster:
         try:
-            rate = asyncio.run(rate_for(cluster.grpc, options.load))
+            rate = options.load * asyncio.run(borne(cluster.grpc))
             asked = load(rate, seconds, seed=1)
             known = asyncio.run(drive(cluster.grpc, asked))
         except* TandemError as failed:
             raise failed.exceptions[0] from None
-    how = f"{len(known)} requests, Poisson at {rate:.2f}/s ({options.load:.0%} load), 1 prefill and 1 decode worker of 1 thread"
-    how += f", {options.policy}"
+    how = f"{len(known)} requests, Poisson at {rate:.2f}/s ({options.load:.0%} of what it bears)"
+    how += f", 1 prefill and 1 decode worker of 1 thread, {options.policy}"
     if options.dump:
         due_s = {request.request_id: request.due_s for request in asked}
         options.dump.write_text(json.dumps([asdict(one) | {"due_s": due_s[one.request_id]} for one in known]))
