@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from core.request import Slo, WorkItem
+from core.request import AttemptKey, Slo, WorkItem
 from tandem.sampling import SamplingParams
 
 NO_LIMITS = Slo()
@@ -50,6 +50,32 @@ class JourneySpec:
     tenant: str = ""
     priority: int = 0
     deadline_s: float | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        assert self.sampling.max_tokens is not None, "the front resolved it"
+        return self.sampling.max_tokens
+
+    def stop_ids(self) -> set[int]:
+        """Tokens that end it."""
+        ids = set(self.sampling.stop_token_ids)
+        return ids if self.sampling.ignore_eos else ids.union(self.eos_token_ids)
+
+    def item(self, attempt: int, so_far: tuple[int, ...], remaining_s: float) -> WorkItem:
+        """What a worker is given that goes on behind these tokens of the answer."""
+        sampling = self.sampling
+        if sampling.stop or sampling.n > 1:
+            sampling = replace(sampling, stop=(), n=1)  # stop strings and siblings are the router's affair
+        return WorkItem(
+            key=AttemptKey(self.request_id, attempt),
+            token_ids=self.prompt + so_far,
+            prompt_len=len(self.prompt),
+            sampling=sampling,
+            choice=self.choice,
+            eos_token_ids=self.eos_token_ids,
+            cache_salt=self.cache_salt,
+            remaining_s=max(remaining_s, 1e-3),
+        )
 
 
 class Attempt:

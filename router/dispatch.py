@@ -1,4 +1,4 @@
-"""Drives journeys: carries their commands out, feeds back what happens, keeps the time and the queue.
+"""Drives journeys: carries their commands out, feeds back what happens, keeps the time.
 
 Everything runs on one thread, that of its timers; nothing here waits. A message of a worker reaches its journeys, and
 through them the readers' outboxes, in one go: no task per request, none per token.
@@ -16,12 +16,12 @@ from router import events as ev
 from router.alarms import Alarms
 from router.attempt import JourneySpec, Limits
 from router.codec import Addressed
-from router.early_rejection import Hold, Refusal
 from router.journey import Journey, State
-from router.live import NEVER, Live, Sessions, Sink
+from router.live import Live, Sessions, Sink
 from router.placing import Placer
-from router.policy import Need, Nobody, Pair
-from router.situation import NOBODY, Situation
+from router.policy import Pair
+from router.pump import Pump
+from router.situation import Situation
 from router.slo import Terms
 from router.timers import LoopTimers, Timers
 from router.view import NO_CLAIM, ClusterView
@@ -51,11 +51,9 @@ class Dispatcher:
         self._clock = clock
         self._live: dict[str, Live] = {}
         self._orphans: dict[str, list[ev.SendCancel]] = {}
-        self._timers = LoopTimers() if timers is None else timers
-        self._alarms = Alarms(clock, self._timers, self._ring)
-        self._probing: str | None = None
-        self._pump_due = False
-        self._changes = 0  # times that capacity may have come free
+        timers = LoopTimers() if timers is None else timers
+        self._alarms = Alarms(clock, timers, self._ring)
+        self._pump = Pump(placer, room, clock, timers, self._wake)
 
     # ---- what the front asks ---------------------------------------------------------------------------------------
 
@@ -114,13 +112,13 @@ class Dispatcher:
         self._orphans = {name: cancels for name, cancels in self._orphans.items() if name in self.view.workers}
         self.situation()  # what is claimed now is in these reports, what will be is not
         self.on_change()
-        self._pump_soon()
+        self._pump.soon()
 
     def link_up(self, worker: str) -> None:
         assert self.links is not None
         for cancel in self._orphans.pop(worker, ()):  # what was placed again elsewhere may still be computed here
             self.links.send(cancel)
-        self._pump_soon()
+        self._pump.soon()
         self.on_change()
 
     def link_down(self, worker: str, reason: str) -> None:
@@ -206,7 +204,7 @@ class Dispatcher:
         elif isinstance(event, ev.AttemptFailed) or (isinstance(event, ev.Reserved) and not event.granted):
             self.attempts["refused"] += 1
         if live.accepted:
-            self._pump_soon()
+            self._pump.soon()
         live.accepted = live.accepted and live.claim is not NO_CLAIM
 
     def _carry_out(self, live: Live, command: ev.Command) -> None:
@@ -215,14 +213,14 @@ class Dispatcher:
                 self.room.generated(live.journey.spec.tenant, len(tokens), self._clock.now())
                 live.sink.deliver(tokens)
             case ev.Place(avoid):
-                self._place(live, avoid)
+                live.inbox.append(self._pump.ask(live, self.situation(), avoid))
             case ev.Accepted():
                 live.accepted = True
                 live.asked_at = None
                 self.placer.accepted(live.journey.claim, live.keys or (), self._clock.now())
                 self.room.taken(live.journey.spec, self._clock.now(), again=live.taken)
                 live.taken = True
-                self._leave_queue(live)
+                self._pump.leave(live.journey.spec.request_id)
                 live.sink.accepted()
             case ev.Finish(reason, error):
                 self.placer.ended(live.journey, reason, error)
@@ -234,102 +232,22 @@ class Dispatcher:
                 assert self.links is not None
                 self.links.send(command)
 
-    def _place(self, live: Live, avoid: frozenset[str]) -> None:
-        journey, situation = live.journey, self.situation()
-        need = self._need(live, situation, avoid)
-        decision = self.placer.decide(situation, need, journey)
-        choice, verdict = decision.place, None
-        if not live.taken:
-            verdict = self.room.judge(journey.spec, journey.facts.arrived_at, decision, situation, need.now)
-        if isinstance(verdict, Hold):
-            choice = Nobody(verdict.reason, busy=True, again_s=verdict.look_at - need.now)
-        if isinstance(choice, Nobody) and not isinstance(verdict, Refusal):
-            live.look_at = need.now + choice.again_s
-            verdict = self._wait(live, situation, need)
-            live.inbox.append(ev.NoPlace(choice.reason, choice.busy))
-        if isinstance(verdict, Refusal):
-            live.inbox.append(ev.Refused(verdict.error()))
-        elif isinstance(choice, Pair):
-            live.asked_at = self._changes if live.asked_at is None else live.asked_at
-            self.room.expect(journey.spec, decision, need)
-            live.inbox.append(ev.Placed(choice.prefill, choice.decode))
+    def _line_up(self, live: Live) -> None:
+        """Behind others. Raises SloUnattainableError when its turn would come too late."""
+        refusal = self._pump.line_up(live, self.situation())
+        if refusal is not None:
+            raise refusal.error()
+        self._drive(live, ev.NoPlace("others wait before it"))
 
-    def _need(self, live: Live, situation: Situation, avoid: frozenset[str] = NOBODY) -> Need:
-        if live.keys is None:
-            live.keys = self.placer.keys(situation, live.journey.spec)
-        its_turn = self.queue.turn_of_overdue(now := self._clock.now()) == live.journey.spec.request_id
-        return self.placer.need(live.journey, avoid, live.prefer, live.keys, now, its_turn)
+    def _wake(self, request_id: str) -> None:
+        self._drive(self._live[request_id], ev.Woken())
 
     def _forget(self, live: Live) -> None:
         spec = live.journey.spec
         del self._live[spec.request_id]
         self._alarms.forget(spec.request_id)
         self.room.left(spec)
-        self._leave_queue(live)
-
-    # ---- the queue -------------------------------------------------------------------------------------------------
-
-    def _line_up(self, live: Live) -> None:
-        """Behind others, without asking for a place. Raises SloUnattainableError when its turn would come too late."""
-        situation = self.situation()
-        refusal = self._wait(live, situation, self._need(live, situation))
-        if refusal is not None:
-            raise refusal.error()
-        self._drive(live, ev.NoPlace("others wait before it"))
-        if self.queue.head(self._clock.now()) == live.journey.spec.request_id:
-            self._pump_soon()  # it goes before those who were found no place
-
-    def _wait(self, live: Live, situation: Situation, need: Need) -> Refusal | None:
-        spec, facts = live.journey.spec, live.journey.facts
-        refusal = self.room.wait(spec, facts.arrived_at, situation, need, urgent=facts.failovers > 0)
-        if self._probing == spec.request_id:
-            self._probing = None  # nobody has room: the next change of the cluster wakes the head again
-            if self.queue.head(need.now) != spec.request_id:  # ... but it lets others go first
-                self._pump_soon()
-        if live.asked_at not in (None, self._changes):
-            self._pump_soon()  # ... and one came while the refusal was on its way
-        live.asked_at = None
-        live.look_at = min(live.look_at, self.room.give_up_at(spec.request_id))
-        self._set_alarm(live)
-        return refusal
-
-    def _look_again(self, live: Live, now: float) -> None:
-        """It waits: is that still of use? If so, it asks again when its turn comes."""
-        request_id = live.journey.spec.request_id
-        live.look_at = NEVER
-        if request_id not in self.queue:
-            return
-        give_up_at = self.room.give_up_at(request_id)
-        if now >= give_up_at:
-            refusal = Refusal("its limits cannot be kept any more: no place came free in time", self.room.retry_s())
-            self._drive(live, ev.Refused(refusal.error()))
-        else:
-            live.look_at = give_up_at
-            self._pump_soon()
-            self._set_alarm(live)
-
-    def _leave_queue(self, live: Live) -> None:
-        request_id = live.journey.spec.request_id
-        if request_id in self.queue:
-            self.queue.remove(request_id)
-            self._pump_soon()
-        if self._probing == request_id:
-            self._probing = None
-
-    def _pump_soon(self) -> None:
-        """Capacity may have come free. Once per turn of the loop, however many causes."""
-        self._changes += 1
-        if len(self.queue) and not self._pump_due:
-            self._pump_due = True
-            self._timers.soon(self._pump)
-
-    def _pump(self) -> None:
-        """Lets the head ask for a place; its successor follows when it has one. One at a time: nobody is overtaken."""
-        self._pump_due = False
-        head = self.queue.head(self._clock.now())
-        if head is not None and self._probing is None:
-            self._probing = head
-            self._drive(self._live[head], ev.Woken())
+        self._pump.leave(spec.request_id)
 
     # ---- time ------------------------------------------------------------------------------------------------------
 
@@ -340,10 +258,12 @@ class Dispatcher:
             self._alarms.set(request_id, min(wake_at, self._clock.now() + ALARM_MAX_S))
 
     def _ring(self, request_id: str, now: float) -> None:
-        if (live := self._live.get(request_id)) is None:
+        live = self._live.get(request_id)
+        if live is None:
             return
-        if live.look_at <= now:
-            self._look_again(live, now)
+        refusal = self._pump.look_again(live, now) if live.look_at <= now else None
+        if refusal is not None:
+            self._drive(live, ev.Refused(refusal.error()))
         elif live.journey.wake_at <= now:
             self._drive(live, ev.Tick())
         else:

@@ -14,14 +14,14 @@ position once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, ClassVar
 
-from core.errors import DeadlineExceededError, OutOfBlocksError, OverloadedError, TandemError, TransferError, UnavailableError
-from core.request import AttemptKey, FinishReason, WorkItem
+from core.errors import OutOfBlocksError, OverloadedError, TandemError, TransferError, UnavailableError
+from core.request import AttemptKey, FinishReason
 from router import events as ev
 from router.attempt import Attempt, JourneySpec, Limits
+from router.deadlines import Deadlines
 from router.events import Command, Event
 from router.facts import Facts
 from router.shunned import Shunned
@@ -47,17 +47,9 @@ class Journey:
         self.state = State.QUEUED
         self.facts = Facts(arrived_at=now)
         self.claim: Claim = NO_CLAIM
-        self._limits = limits = limits.of(spec)
-        self._sampling = spec.sampling
-        if spec.sampling.stop or spec.sampling.n > 1:
-            self._sampling = replace(spec.sampling, stop=(), n=1)  # stop strings are the router's affair
-        stop_ids = set(spec.sampling.stop_token_ids)
-        stop_ids.update(() if spec.sampling.ignore_eos else spec.eos_token_ids)
-        assert spec.sampling.max_tokens is not None
-        self.log = TokenLog(spec.sampling.max_tokens, stop_ids)
-        self._deadline = now + limits.request_timeout_s
-        self._queue_deadline = now + limits.queue_timeout_s
-        self._step_deadline: float | None = None
+        self.log = TokenLog(spec.max_tokens, spec.stop_ids())
+        self._limits = limits.of(spec)
+        self._deadlines = Deadlines(self._limits, now)
         self._attempt: Attempt | None = None
         self.next_attempt = spec.first_attempt
         self._shunned = Shunned()
@@ -70,8 +62,8 @@ class Journey:
     @property
     def wake_at(self) -> float:
         if self.state is State.QUEUED:
-            return min(self._deadline, self._queue_deadline, self._shunned.retry_at)
-        return self._deadline if self._step_deadline is None else min(self._deadline, self._step_deadline)
+            return min(self._deadlines.wake_at(queued=True), self._shunned.retry_at)
+        return self._deadlines.wake_at(queued=False)
 
     def held_on(self, worker: str) -> AttemptKey | None:
         """The attempt that may still run on `worker`."""
@@ -107,16 +99,7 @@ class Journey:
     def _on_placed(self, now: float, event: ev.Placed, out: list[Command]) -> None:
         if self.state is not State.QUEUED:
             return
-        item = WorkItem(
-            key=AttemptKey(self.spec.request_id, self.next_attempt),
-            token_ids=self.spec.prompt + tuple(self.log.ids),
-            prompt_len=len(self.spec.prompt),
-            sampling=self._sampling,
-            choice=self.spec.choice,
-            eos_token_ids=self.spec.eos_token_ids,
-            cache_salt=self.spec.cache_salt,
-            remaining_s=max(self._deadline - now, 1e-3),
-        )
+        item = self.spec.item(self.next_attempt, tuple(self.log.ids), self._deadlines.end - now)
         self.next_attempt += 1
         self._attempt = attempt = Attempt(item, event.prefill, event.decode)
         attempt.legs.add(event.decode)
@@ -127,12 +110,12 @@ class Journey:
             self._started(now, out, ev.SendGenerateLocal(event.decode, item))
         else:
             self.state = State.RESERVING
-            self._step_deadline = now + self._limits.answer_timeout_s
+            self._deadlines.answer = now + self._limits.answer_timeout_s
             self.claim = Claim(event.prefill, len(item.token_ids), event.decode, len(item.token_ids))
             out.append(ev.SendReserve(event.decode, item))
 
     def _started(self, now: float, out: list[Command], command: Command) -> None:
-        self._step_deadline = None
+        self._deadlines.answer = None
         self.facts.sent(now)
         out.append(command)
         if self.state is not State.LOCAL or not self._doubted:
@@ -160,14 +143,14 @@ class Journey:
         attempt.legs.add(attempt.prefill)
         self.state = State.PREFILLING
         self._started(now, out, ev.SendStartPrefill(attempt.prefill, attempt.item))
-        self._step_deadline = now + self._limits.opened_timeout_s
+        self._deadlines.answer = now + self._limits.opened_timeout_s
 
     def _on_opened(self, now: float, event: ev.Opened, out: list[Command]) -> None:
         attempt = self._current(event.attempt)
         if attempt is None or self.state is not State.PREFILLING:
             return
         self.state = State.HANDOFF
-        self._step_deadline = None
+        self._deadlines.answer = None
         self.facts.cached(event.cached_tokens)
         out.append(ev.SendOpenHandoff(attempt.decode, attempt.key, event.ticket))
 
@@ -191,12 +174,12 @@ class Journey:
                 self._on_last_token(now, event, attempt, out)
                 return
             if first and self.state is not State.PREFILLING:
-                self._step_deadline = None
+                self._deadlines.answer = None
                 self._drop_prefill_leg(attempt)
         if gap or (self.log.waits_for_earlier and not self._first_token_missing(attempt)):
             self._lose(now, event.worker, f"tokens are missing before position {event.tokens[-1].position}", out)
-        elif self.log.waits_for_earlier and self._step_deadline is None:
-            self._step_deadline = now + self._limits.answer_timeout_s
+        elif self.log.waits_for_earlier and self._deadlines.answer is None:
+            self._deadlines.answer = now + self._limits.answer_timeout_s
 
     def _on_last_token(self, now: float, event: ev.Tokens, attempt: Attempt, out: list[Command]) -> None:
         if event.worker == attempt.decode and event.tokens[-1].finish_reason is not None:
@@ -228,7 +211,7 @@ class Journey:
             self.state = State.DECODING
             self._drop_prefill_leg(attempt)
             if self._first_token_missing(attempt):  # prefill's token is still on its way to us
-                self._step_deadline = now + self._limits.answer_timeout_s
+                self._deadlines.answer = now + self._limits.answer_timeout_s
 
     def _on_failed(self, now: float, event: ev.AttemptFailed, out: list[Command]) -> None:
         attempt = self._current(event.attempt)
@@ -252,8 +235,10 @@ class Journey:
 
     def _on_lost(self, now: float, event: ev.WorkerLost, out: list[Command]) -> None:
         attempt = self._attempt
-        next_leg = attempt and self.state is State.RESERVING and event.worker == attempt.prefill
-        if attempt and (next_leg or event.worker in attempt.legs):
+        if attempt is None:
+            return
+        next_leg = self.state is State.RESERVING and event.worker == attempt.prefill
+        if next_leg or event.worker in attempt.legs:
             attempt.legs.discard(event.worker)
             self._lose(now, event.worker, event.reason, out)
 
@@ -264,18 +249,14 @@ class Journey:
         self._finish(now, out, error=event.error)
 
     def _on_tick(self, now: float, _: ev.Tick, out: list[Command]) -> None:
-        if now >= self._deadline:
-            text = f"not finished within {self._limits.request_timeout_s:g} s ({self._limits.timeout_name})"
-            self._finish(now, out, error=DeadlineExceededError(text))
-        elif self.state is State.QUEUED:
-            if now >= self._queue_deadline:
-                waited_s = self._limits.queue_timeout_s
-                text = f"no place within {waited_s:g} s (router.queue_timeout_s): {self._why_waiting}; retry later"
-                kind = OverloadedError if self._busy else UnavailableError
-                self._finish(now, out, error=kind(text, retry_after_s=1.0))
-            elif now >= self._shunned.retry_at:
+        queued = self.state is State.QUEUED
+        error = self._deadlines.missed(now, queued=queued, why_waiting=self._why_waiting, busy=self._busy)
+        if error is not None:
+            self._finish(now, out, error=error)
+        elif queued:
+            if now >= self._shunned.retry_at:
                 self._ask_for_place(now, out)
-        elif self._step_deadline is not None and now >= self._step_deadline:
+        elif self._deadlines.unanswered(now):
             attempt = self._attempt
             assert attempt is not None
             late = attempt.decode if self.state is State.RESERVING else attempt.prefill or attempt.decode
@@ -293,7 +274,7 @@ class Journey:
             out += (ev.SendCancel(worker, attempt.key) for worker in sorted(attempt.legs))
         self.log.forget_early()
         self.state = State.QUEUED
-        self._step_deadline = None
+        self._deadlines.answer = None
         self.claim = NO_CLAIM
 
     def _turned_down(self, now: float, worker: str, why: str, out: list[Command]) -> None:
@@ -316,7 +297,7 @@ class Journey:
             self.facts.turned_down()
         self._shunned.failures += counts
         self._shunned.failed(worker, now)
-        self._queue_deadline = now + self._limits.queue_timeout_s
+        self._deadlines.seek(now)
         self._why_waiting = why
         if self._shunned.failures >= self._limits.max_attempts:
             text = f"{self._shunned.failures} placements failed (router.max_attempts), the last one because {why}"

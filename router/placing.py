@@ -114,8 +114,7 @@ class Placer:
 
     def answer(self, spec: JourneySpec, so_far: int) -> int:
         """Tokens that its answer will probably still have."""
-        assert spec.sampling.max_tokens is not None, "the front resolved it"
-        return self._lengths.predict(_group(spec), spec.sampling.max_tokens, so_far).median - so_far
+        return self._lengths.predict(_group(spec), spec.max_tokens, so_far).median - so_far
 
     def ended(self, journey: Journey, reason: FinishReason | None, error: TandemError | None) -> None:
         """A journey is over; what was cut short says nothing about lengths."""
