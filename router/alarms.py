@@ -49,12 +49,12 @@ class Alarms:
         self._timer = self._timers.later(delay_s, self._ring)
 
     def _ring(self) -> None:
+        self._timer = None  # it has rung; a sleeper that sets an alarm below starts another
         now = self._clock.now()
         while self._heap and self._heap[0][0] <= now:
             at, name = heapq.heappop(self._heap)
             if self._at.get(name) == at:
                 del self._at[name]
                 self._ring_for(name, now)
-        self._timer = None
         if self._heap:
             self._set_timer()

@@ -50,3 +50,42 @@ async def test_who_is_woken_may_set_the_next_alarm():
     async with asyncio.timeout(10):
         await done.wait()
     alarms.close()
+
+
+class CountedTimers(LoopTimers):
+    """`running`: timers that will ring."""
+
+    def __init__(self) -> None:
+        self.running: set[asyncio.TimerHandle] = set()
+
+    def later(self, delay_s, call):
+        def ring() -> None:
+            self.running.remove(timer)
+            call()
+
+        timer = super().later(delay_s, ring)
+        self.running = {each for each in self.running if not each.cancelled()} | {timer}
+        return timer
+
+    def count(self) -> int:
+        return sum(not each.cancelled() for each in self.running)
+
+
+async def test_however_many_set_the_next_alarm_when_woken_there_is_one_timer():
+    clock, timers, done = SystemClock(), CountedTimers(), asyncio.Event()
+    left, most = [30], [0]
+
+    def ring(name: str, now: float) -> None:
+        left[0] -= 1
+        alarms.set(name, now + 0.001)
+        most[0] = max(most[0], timers.count())
+        if left[0] <= 0:
+            done.set()
+
+    alarms = Alarms(clock, timers, ring)
+    for name in "abc":
+        alarms.set(name, clock.now())
+    async with asyncio.timeout(10):
+        await done.wait()
+    assert most[0] == 1
+    alarms.close()
