@@ -42,7 +42,11 @@ def bench(
         typer.Option(min=0, help="Of gamma arrivals: gaps' deviation over their mean; 1 is Poisson.", rich_help_panel=LOAD),
     ] = None,
     trace: Annotated[
-        str | None, typer.Option(help="Replay the arrivals and lengths of this file (open loop).", rich_help_panel=LOAD)
+        str | None,
+        typer.Option(
+            help="Replay the arrivals and lengths of this file (open loop); one of lengths alone at --rate.",
+            rich_help_panel=LOAD,
+        ),
     ] = None,
     speed: Annotated[
         str, typer.Option(metavar="X[,X…]", help="Of the replay: 2 halves every gap.", rich_help_panel=LOAD)
@@ -100,22 +104,27 @@ def bench(
     from cli.bench_run import Progress, measure
     from cli.targets import Asked
     from cli.workload import Replay, Sharing, Workload
+    from cli.written import check_writable
     from core.request import Slo
+    from router.slo import check_limits
+    from sim.trace_arrivals import Missing
+    from sim.traces import trace_format
     from sim.workload_lengths import TokenRange
     from tandem.errors import InvalidRequestError
 
     if url and grpc:
         raise InvalidRequestError("give --url or --grpc, not both")
-    if rate and trace:
+    if rate and trace and not trace_format(trace).untimed:
         raise InvalidRequestError("give --rate or --trace, not both; --speed changes a trace's rate")
     if cv is not None and arrivals is not Arrivals.GAMMA:
         raise InvalidRequestError("--cv is the burstiness of gamma arrivals; add --arrivals gamma")
     rates: list[float | None] = [*_numbers(rate, "--rate")] if rate else [None]
     speeds = _numbers(speed, "--speed")
-    if plot and len(speeds if trace else rates) < 2:
+    if plot and len(speeds if trace and not rate else rates) < 2:
         raise InvalidRequestError("--plot draws attainment against rate; give several, as in --rate 1,2,4,8")
     if plot:
         _check_plot()
+    check_writable(as_json, plot)
     inputs, outputs = (
         TokenRange.parse(text or str(default), option)
         for text, default, option in ((input_tokens, 128, "--input-tokens"), (output_tokens, 32, "--output-tokens"))
@@ -123,12 +132,19 @@ def bench(
     loads: list[Load]
     if trace:
         most = inputs.high if input_tokens else float("inf"), outputs.high if output_tokens else float("inf")
-        replays = [Replay(trace, one, length_scale, *most, seed) for one in speeds]
+        shape = {Arrivals.POISSON: 1.0, Arrivals.CONSTANT: 0.0}.get(arrivals, 1.0 if cv is None else cv)
+        replays = [
+            Replay(trace, one, length_scale, *most, seed, Missing(at, shape, outputs.high, seed))
+            for at in rates
+            for one in speeds
+        ]
         loads = [_replayed(replay, duration, requests) for replay in replays]
     else:
         work = Workload(inputs, outputs, Sharing(shared_tokens, shared_prefixes), arrivals, 1.0 if cv is None else cv, seed)
         loads = [_drawn(work, one, concurrency, duration, requests) for one in rates]
     slo = Slo(ttft_slo, tbt_slo, tpot_slo)
+    check_limits(Slo(ttft_slo, tbt_slo), None)
+    check_limits(Slo(tpot_s=tpot_slo), None)  # beside a lower limit of TBT it is idle, and can still be measured
     told = slo if (declare if declare is not None else not url) else Slo()
     target = _target(url, grpc, Asked(timeout, api_key, told, slo_class), ids)
     report = Report(slo, plot)

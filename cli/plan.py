@@ -41,15 +41,19 @@ def plan(
     """
     from dataclasses import replace
 
+    from cli.written import check_writable
     from cluster.planner_file import read_offers
     from cluster.planner_model import Arriving
     from cluster.planner_offers import Workload
     from core.request import Slo
-    from sim.traces import read_trace
+    from router.policies import make_policy
+    from sim.trace_arrivals import Missing, arrivals_of
 
+    make_policy(policy)
+    check_writable(as_json)
     slo = Slo(ttft_s=slo_ttft, tbt_s=slo_tbt)
     offers, left_out = read_offers(gpus)
-    arrivals = list(read_trace(trace))
+    arrivals = list(arrivals_of(trace, Missing(rate)))
     workload = Workload.of([Arriving(one.arrival_s, one.input_tokens, one.output_tokens) for one in arrivals])
     if rate is not None:
         workload = replace(workload, rate_rps=rate)
@@ -167,19 +171,15 @@ def _refusal(report: dict[str, Any]) -> str:
 
 def _write(report: dict[str, Any], path: str | None) -> None:
     import json
-    from pathlib import Path
 
-    from core.errors import ConfigError
+    from cli.written import write_text
 
     text = json.dumps(report, indent=2) + "\n"
     if path == "-":
         typer.echo(text, nl=False)
         return
     if path:
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+        write_text(path, text)
     _show(report)
 
 
@@ -206,8 +206,9 @@ def _show(report: dict[str, Any]) -> None:
     if report["pools"]:
         low, high = report["confidence"]["goodput_rps"]
         per_usd = report["goodput_requests_per_usd"]
+        between = f" (95 %: {low:.3g} to {high:.3g})" if low < high else ""
         console.print(
-            f"goodput {report['goodput_rps']:.3g} requests/s (95 %: {low:.3g} to {high:.3g}), "
+            f"goodput {report['goodput_rps']:.3g} requests/s{between}, "
             f"{report['goodput_rps_per_gpu']:.3g} per GPU ({report['gpus']} of them)"
             + (f", {per_usd:.0f} requests per dollar" if per_usd is not None else "")
             + f" · {report['attainment']['joint']:.1%} of the demand meet both limits"

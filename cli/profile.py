@@ -29,8 +29,11 @@ def profile(
 
     A worker's engine is driven as it is when it serves; stop a cluster that runs here first, or its load is measured too.
     """
+    from cli.written import check_writable
     from core.config import load
     from core.cost_file import write_cost_model
+
+    check_writable(as_json)
 
     if from_gpu is not None:
         made = _from_gpu(from_gpu, select)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cli.progress import Bar
     from core.config import Config
+    from sim.faults import Fault
+    from sim.workload import Arrival
     from sim.world import World
 
 
@@ -32,17 +34,15 @@ def sim(
 ) -> None:
     """Run routers, schedulers and the controller against a cost model instead of machines."""
     from cli.progress import Bar
+    from cli.written import check_writable
     from core.config import load
-    from sim.cluster import worker_names
-    from sim.faults import read_faults
-    from sim.plane import store_names
     from sim.report import write_html
     from sim.report_timeline import Timeline
     from sim.run import simulate
-    from sim.traces import read_trace
 
     loaded = load(config)
-    arrivals = read_trace(trace) if trace is not None else None
+    check_writable(as_json, html)
+    arrivals = _read(trace, loaded, seed) if trace is not None else None
     timeline = Timeline()
     with Bar(sys.stderr.isatty(), *_columns()) as bar:
         bar.begin("simulating", 1.0)
@@ -52,10 +52,10 @@ def sim(
             policy,
             seed,
             rate_scale=rate_scale,
-            faults=read_faults(faults, worker_names(loaded), store_names(loaded)) if faults is not None else (),
+            faults=_faults(faults, loaded) if faults is not None else (),
             checks=checks,
             prepare=timeline.watch if html else lambda world: None,
-            on_look=_watch(bar, _end_s(loaded, trace, rate_scale)),
+            on_look=_watch(bar, _end_s(loaded, trace, seed, rate_scale)),
         )
     if html:
         write_html(html, result.report, result.errors, loaded, timeline)
@@ -68,14 +68,30 @@ def _columns() -> tuple[Any, ...]:
     return TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn()
 
 
-def _end_s(config: Config, trace: str | None, rate_scale: float) -> float | None:
-    """When the last request comes, so that the bar knows how much is left; a trace is read for it where somebody looks."""
-    from sim.traces import read_trace
+def _read(trace: str, config: Config, seed: int) -> Iterator[Arrival]:
+    """The trace, and what it leaves out from the configuration."""
+    from sim.trace_arrivals import Missing, arrivals_of, context_of
 
+    sim = config.sim
+    missing = Missing(sim.rate_rps or None, sim.arrival_cv, sim.output_tokens, seed)
+    return arrivals_of(trace, missing, context_of(config))
+
+
+def _faults(path: str, config: Config) -> list[Fault]:
+    from sim.cluster import spot_names, worker_names
+    from sim.faults import as_recorded, read_faults
+    from sim.plane import store_names
+
+    found = read_faults(path, worker_names(config), store_names(config), spot_names(config))
+    return as_recorded(found, config.sim.notice_s)
+
+
+def _end_s(config: Config, trace: str | None, seed: int, rate_scale: float) -> float | None:
+    """When the last request comes, so that the bar knows how much is left; a trace is read for it where somebody looks."""
     end_s = config.sim.duration_s
     if trace is None or not sys.stderr.isatty():
         return end_s
-    last_s = max((each.arrival_s for each in read_trace(trace)), default=0.0) / rate_scale
+    last_s = max((each.arrival_s for each in _read(trace, config, seed)), default=0.0) / rate_scale
     return min(last_s, end_s) if end_s is not None else last_s
 
 
@@ -91,19 +107,15 @@ def _watch(bar: Bar, duration_s: float | None) -> Callable[[World], None]:
 
 def _write(report: dict[str, Any], errors: dict[str, int], path: str | None) -> None:
     import json
-    from pathlib import Path
 
-    from core.errors import ConfigError
+    from cli.written import write_text
 
     text = json.dumps(report, indent=2) + "\n"
     if path == "-":
         typer.echo(text, nl=False)
         return
     if path:
-        try:
-            Path(path).write_text(text)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+        write_text(path, text)
     _show(report, errors)
 
 

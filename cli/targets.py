@@ -27,6 +27,8 @@ from tandem.results import Model
 
 CONNECT_TIMEOUT_S = 10.0
 _READ_BYTES = 65_536
+SHOWN_MAX = 120
+"""Characters of an answer that an error repeats."""
 TOKEN_IDS = range(300, 4000)
 """Ordinary tokens in every vocabulary: what prompts of ids are made of where the vocabulary is not known."""
 _WORDS = ("def", "self", "return", "value", "index", "for", "in", "range", "if", "None", "import", "class", "name", "error")
@@ -88,7 +90,7 @@ class HttpTarget:
     async def answer(self, job: Job) -> AsyncIterator[int]:
         async with aclosing(self.stream(self.body(job))) as events:
             async for event in events:
-                if any(choice.get("text") for choice in event.get("choices", ())):
+                if any(choice.get("text") for choice in _choices(event)):
                     yield 1
 
     def body(self, job: Job) -> dict[str, Any]:
@@ -122,15 +124,42 @@ class HttpTarget:
 async def open_http(url: str, asked: Asked, ids: bool = False) -> AsyncIterator[HttpTarget]:
     """`url` is the server's root, with or without `/v1`. Raises UnavailableError when nobody answers there."""
     base = urlsplit(url if "://" in url else f"http://{url}")
-    if base.scheme not in ("http", "https") or not base.hostname:
+    if base.scheme not in ("http", "https") or not base.hostname or not _has_port(base):
         raise InvalidRequestError(f"--url must look like http://HOST:PORT or https://HOST, got {url!r}")
     base = base._replace(path=base.path.rstrip("/").removesuffix("/v1"))
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S), aclosing(_events(base, "/v1/models", None, asked.api_key)) as events:
-            models = await anext(events)
+            models: dict[str, Any] = await anext(events, {})
     except TimeoutError:
         raise UnavailableError(f"{url} did not say within {CONNECT_TIMEOUT_S:g} s which models it has") from None
-    yield HttpTarget(base, models["data"][0], asked, ids)
+    yield HttpTarget(base, _model_of(models, url), asked, ids)
+
+
+def _has_port(base: SplitResult) -> bool:
+    try:
+        return base.port is None or base.port > 0
+    except ValueError:
+        return False
+
+
+def _model_of(models: dict[str, Any], url: str) -> dict[str, Any]:
+    """The first of what `GET /v1/models` answered."""
+    listed = models.get("data")
+    first = listed[0] if isinstance(listed, list) and listed else None
+    if not isinstance(first, dict) or "id" not in first:
+        raise UnavailableError(f"{url} is no OpenAI-compatible server: GET /v1/models answered {_shown(models)}")
+    context = first.get("max_model_len")
+    return first if type(context) is int and context > 1 else first | {"max_model_len": None}
+
+
+def _choices(event: dict[str, Any]) -> list[dict[str, Any]]:
+    found = event.get("choices")
+    return [choice for choice in found if isinstance(choice, dict)] if isinstance(found, list) else []
+
+
+def _shown(answer: Any) -> str:
+    text = json.dumps(answer) if not isinstance(answer, bytes) else answer.decode(errors="replace")
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
 
 
 async def _events(
@@ -161,7 +190,8 @@ async def _events(
 
 
 async def _parse(connection: h11.Connection, reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
-    status, streaming, pending = 0, False, b""
+    """Raises UnavailableError for a stream that holds no JSON, or ends before its last event."""
+    status, streaming, pending, ended = 0, False, b"", False
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
@@ -173,18 +203,34 @@ async def _parse(connection: h11.Connection, reader: asyncio.StreamReader) -> As
             pending += event.data
             while streaming and b"\n" in pending:
                 line, _, pending = pending.partition(b"\n")
-                if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
-                    found = json.loads(line[5:])
-                    if "error" in found:
-                        raise _error(500, found)
+                if line.startswith(b"data:") and line[5:].strip() == b"[DONE]":
+                    ended = True
+                elif line.startswith(b"data:"):
+                    found = _streamed(line[5:])
+                    ended = ended or any(choice.get("finish_reason") for choice in _choices(found))
                     yield found
         elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
             break
+    if streaming and not ended:
+        raise UnavailableError("the stream broke off: it ended without [DONE]")
     if not streaming:
         found = _json(pending)
         if status != 200:
             raise _error(status, found)
         yield found
+
+
+def _streamed(data: bytes) -> dict[str, Any]:
+    """One event of a stream."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UnavailableError(f"the stream holds what is no JSON object: {_shown(data.strip())}")
+    if "error" in found:
+        raise _error(500, found)
+    return found
 
 
 def _json(data: bytes) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cli.load import Job
+from sim.trace_arrivals import Missing, arrivals_of
 from sim.trace_formats import HASH_BLOCK_TOKENS
-from sim.traces import read_trace
 from sim.workload import rescaled, resized, within_context
 from sim.workload_lengths import TokenRange
 from sim.workload_shapes import Arrivals, arrivals
@@ -59,7 +59,8 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The requests of a trace. `speed` 2 halves the gaps; `scale` multiplies lengths, which end at the maxima."""
+    """The requests of a trace. `speed` 2 halves the gaps; `scale` multiplies lengths, which end at the maxima. `missing`: what
+    a file without times or answers needs."""
 
     path: str
     speed: float
@@ -67,13 +68,15 @@ class Replay:
     input_max: float
     output_max: float
     seed: int
+    missing: Missing = field(default_factory=Missing)
 
     def open(self, duration_s: float, context_max: int | None) -> Iterator[Job]:
         """Those due within `duration_s`, cut to what the served model can hold, where that is known.
 
-        Raises ConfigError as `sim.traces.read_trace` does.
+        Raises ConfigError as `sim.trace_arrivals.arrivals_of` does.
         """
-        requests = resized(rescaled(read_trace(self.path), self.speed), self.scale, self.input_max, self.output_max)
+        due = rescaled(arrivals_of(self.path, self.missing), self.speed)
+        requests = resized(due, self.scale, self.input_max, self.output_max)
         if context_max is not None:
             requests = within_context(requests, context_max)
         for number, a in enumerate(itertools.takewhile(lambda a: a.arrival_s < duration_s, requests)):

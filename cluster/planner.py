@@ -21,6 +21,8 @@ from core.request import Slo, WorkerRole
 
 PART_MIN = 1e-3
 """Of the demand: machines that serve less of it serve nothing."""
+IDLE_RPS = 1e-3
+"""Who cannot keep the limits at this rate cannot keep them at all."""
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5 % for 1 to 9 degrees of freedom; the normal quantile beyond."""
 
@@ -122,7 +124,9 @@ def _sized(
         return 1.0, found
     low, high = PART_MIN, 1.0
     if not (found := at(low)):
-        return 0.0, []
+        low = min(low, IDLE_RPS / workload.rate_rps)  # a demand far beyond all machines, or limits that nothing keeps
+        if not (found := at(low)):
+            return 0.0, []
     while high > 1.1 * low:
         middle = math.sqrt(low * high)
         if better := at(middle):

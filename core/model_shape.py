@@ -60,6 +60,8 @@ class ModelShape:
     weight_dtype: str = "bfloat16"
     latent: Latent | None = None
     experts: Experts | None = None
+    context_max: int | None = None
+    """Tokens that it was made for; None where the file does not say."""
 
     @property
     def weight_bytes_each(self) -> float:
@@ -142,6 +144,7 @@ def shape_of(tree: Mapping[str, Any], where: str) -> ModelShape:
         weight_dtype=_weight_dtype(fields, dtype),
         latent=_latent(fields),
         experts=_experts(fields, ffn),
+        context_max=fields.count("max_position_embeddings", "n_positions", "max_seq_len", default=0, least=0) or None,
     )
 
 

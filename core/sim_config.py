@@ -102,9 +102,13 @@ class SimConfig(_Branch):
     answer_tokens_max: int | None = Field(4096, ge=1)
     """What requests name as max_tokens, where their answers are shorter: routers must guess. None: exactly their answers'."""
     rate_rps: float = Field(0.0, ge=0)
-    """Without a trace: requests per second of a Poisson process, of `input_tokens` and `output_tokens` each."""
+    """Without a trace: requests per second, of `input_tokens` and `output_tokens` each; also of a trace that has lengths and no
+    times."""
+    arrival_cv: float = Field(1.0, ge=0)
+    """Of the gaps between those, their deviation over their mean: 1 is a Poisson process, any other gamma."""
     input_tokens: int = Field(512, ge=1)
     output_tokens: int = Field(128, ge=1)
+    """Also of a trace that says nothing of answers."""
 
     @model_validator(mode="before")
     @classmethod

@@ -71,12 +71,26 @@ def worker_names(config: Config) -> list[str]:
     return [f"{role}-{n}" for role, count in counts.items() for n in range(count)]
 
 
+def spot_names(config: Config) -> list[str]:
+    """Of those, whom a trace of spot instances may take away: the ones of spot markets, or all where no pool is of one."""
+    counts: dict[str, int] = {}
+    spot: list[str] = []
+    for pool in pools_of(config):
+        first = counts.get(pool.role, 0)
+        counts[pool.role] = first + pool.count
+        if pool.market == "spot":
+            spot += [f"{pool.role}-{n}" for n in range(first, first + pool.count)]
+    return spot or worker_names(config)
+
+
 class SimController:
     def __init__(self, site: Site, pools: Pools, lost: random.Random) -> None:
         config: ClusterConfig = site.config.cluster
         self.reports_lost = 0.0
         """Part of all reports that never arrives."""
         self._empty: dict[str, Launch | None] = {}  # places that stay empty for now, and who is to start there
+        self._away: dict[str, tuple[WorkerRole, float]] = {}  # who is gone from them, since when
+        self._saved_usd = 0.0
         self.on_death: Callable[[SimWorker], None] = lambda worker: None
         self._site = site
         self._pools = pools
@@ -120,6 +134,8 @@ class SimController:
     def died(self, worker: SimWorker, reason: str) -> None:
         """The process is gone; the launcher that watches it says so."""
         now = self._site.events.now()
+        if worker.name in self._empty:
+            self._away.setdefault(worker.name, (worker.role, now))
         self._membership.mark_dead(worker.name, worker.epoch, reason)
         self._departed(worker.name, worker.epoch)
         self._reconciler.ended(worker.name, worker.epoch, reason, False, now)
@@ -140,7 +156,18 @@ class SimController:
         """Nobody takes its place until `refill`."""
         self._empty.setdefault(name, None)
 
+    def saved_usd(self, until: float) -> float:
+        """What machines that had been taken away did not cost, by that time."""
+        return self._saved_usd + sum(self._unpaid_usd(name, until) for name in self._away)
+
+    def _unpaid_usd(self, name: str, until: float) -> float:
+        role, since = self._away[name]
+        return self._pools.of(name, role)[1].usd_per_hour * max(0.0, until - since) / 3600
+
     def refill(self, name: str) -> None:
+        if name in self._away:
+            self._saved_usd += self._unpaid_usd(name, self._site.events.now())
+            del self._away[name]
         waiting = self._empty.pop(name, None)
         if waiting is not None:
             self._launch(waiting, self._site.config.sim.start_s)

@@ -12,27 +12,26 @@ A file is a YAML or JSON list of mappings with `at_s` (counted from the first ar
 | lose_reports | | `for_s`, `share`: part of all reports to the controller that is lost |
 | add | a worker | of spot traces: the place of one that was taken away may be filled again |
 
-A trace of spot instances is a CSV of `time_ms,event,node`: `remove` takes a worker away after a notice, and its place stays
-empty until an `add`.
+A trace of spot instances (`sim.spot_traces`) takes workers away after a notice, and their places stay empty until another
+instance comes. Where pools say which workers are on the spot market, only those are taken (`sim.cluster.spot_names`).
 """
 
 from __future__ import annotations
 
-import csv
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from core.errors import ConfigError
+from sim.spot_traces import dealt, is_spot_trace, read_spot_trace
 
 TARGETED = ("kill", "notice", "partition", "slow", "add")
 KINDS = (*TARGETED, "lose_reports", "lose_directory")
 LASTING_S = 10.0
-SPOT_COLUMNS = {"time_ms", "event", "node"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +46,15 @@ class Fault:
     refill: bool = True
 
 
-def read_faults(path: str, workers: Sequence[str], stores: Sequence[str] = ()) -> list[Fault]:
-    """In order of time. `workers`, `stores`: the names there are; spot traces take workers alone. Raises ConfigError that names
-    the entry for what cannot be used."""
+def read_faults(path: str, workers: Sequence[str], stores: Sequence[str] = (), spot: Sequence[str] = ()) -> list[Fault]:
+    """In order of time. `workers`, `stores`: the names there are; spot traces take workers alone, those of `spot` where that
+    names any. Raises ConfigError that names the entry for what cannot be used."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the faults {path}: {error}") from None
-    header = text.partition("\n")[0]
-    if {column.strip() for column in header.split(",")} >= SPOT_COLUMNS:
-        return _spot(path, text, workers)
+    if is_spot_trace(text.partition("\n")[0]):
+        return _spot(path, text, spot or workers)
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -92,27 +90,23 @@ def _fault(path: str, number: int, tree: Any, workers: Sequence[str]) -> Fault:
     return fault
 
 
+def as_recorded(faults: Iterable[Fault], notice_s: float) -> list[Fault]:
+    """Spot traces say when an instance is gone: the notice comes `notice_s` before, as far as there is time since the start."""
+    told = [
+        replace(fault, at_s=fault.at_s - min(notice_s, fault.at_s), for_s=min(notice_s, fault.at_s))
+        if fault.kind == "notice" and not fault.refill
+        else fault
+        for fault in faults
+    ]
+    return sorted(told, key=lambda fault: fault.at_s)
+
+
 def _spot(path: str, text: str, workers: Sequence[str]) -> list[Fault]:
-    """Instances are dealt to workers as they come; what the trace has beyond our number is nobody's."""
-    faults: list[Fault] = []
-    of: dict[str, str] = {}
-    empty: list[str] = []
-    free = list(reversed(workers))
-    for line, row in enumerate(csv.DictReader(text.splitlines()), 2):
-        try:
-            at_s, event, node = float(row["time_ms"]) / 1e3, row["event"].strip(), (row["node"] or "").strip()
-        except (TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"{path}, line {line}: time_ms, event and node are needed ({error})") from None
-        if event == "add" and node not in of and empty:
-            of[node] = empty.pop(0)
-            faults.append(Fault(at_s, "add", of[node]))
-        elif event == "add" and node not in of and free:
-            of[node] = free.pop()
-        elif event == "remove" and node in of:
-            taken = of.pop(node)
-            empty.append(taken)
-            faults.append(Fault(at_s, "notice", taken, refill=False))
-    return faults
+    found = dealt(read_spot_trace(path, text), workers)
+    return [
+        Fault(one.at_s, "add", one.worker) if one.comes else Fault(one.at_s, "notice", one.worker, refill=False)
+        for one in found
+    ]
 
 
 def drawn_faults(draw: random.Random, nodes: Sequence[str], duration_s: float, most: int, directory: bool) -> list[Fault]:

@@ -55,8 +55,8 @@ def replica_of(config: Config, pool: PoolConfig, given: CostModel | None = None)
     if given is not None:
         model, step_s, capacity = given, given.steps.step_s, None
     elif profile is not None and profile.roofline is not None:
-        gpu = pool.gpu or profile.roofline.gpu
-        roofline = read_roofline(profile.roofline.model, gpu, pool.tp, pool.pp)
+        gpu_named(profile.roofline.gpu)  # that nobody knows is a mistake also where pools name theirs
+        roofline = read_roofline(profile.roofline.model, pool.gpu or profile.roofline.gpu, pool.tp, pool.pp)
         model, step_s, capacity = roofline.cost_model(), roofline.step_s, roofline.kv_capacity_tokens
     else:
         assert profile is not None

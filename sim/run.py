@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +19,8 @@ from sim.checks import Checks
 from sim.faults import Fault
 from sim.mischief import Mischief
 from sim.workload import Arrival, rescaled
+from sim.workload_shapes import Arrivals
+from sim.workload_shapes import arrivals as times
 from sim.world import WARM_S, World
 
 EVENTS_A_LOOK = 1000
@@ -67,8 +71,8 @@ def simulate(
     `wall_s`. `prepare` is called before time begins, `on_look` every thousand events. Raises ConfigError for what cannot be
     run.
     """
-    if rate_scale <= 0:
-        raise ConfigError(f"the rate scale must be above 0, got {rate_scale:g}")
+    if not 0 < rate_scale < math.inf:
+        raise ConfigError(f"the rate scale must be a number above 0, got {rate_scale:g}")
     started = time.perf_counter()
     due = poisson(config, seed) if arrivals is None else iter(arrivals)
     name = policy or config.router.policy
@@ -111,12 +115,15 @@ def _rare_collections() -> Iterator[None]:
 
 
 def poisson(config: Config, seed: int) -> Iterator[Arrival]:
-    """Arrivals of `sim.rate_rps` for `sim.duration_s`."""
+    """Arrivals of `sim.rate_rps` for `sim.duration_s`; gamma ones where `sim.arrival_cv` is not 1."""
     sim = config.sim
     if sim.rate_rps <= 0 or sim.duration_s is None:
         raise ConfigError("give a trace (--trace FILE), or sim.rate_rps and sim.duration_s")
-    draw, at = random.Random(f"arrivals {seed}"), 0.0
-    while (at := at + draw.expovariate(sim.rate_rps)) <= sim.duration_s:
+    kind = Arrivals.POISSON if sim.arrival_cv == 1 else Arrivals.GAMMA
+    due = times(sim.rate_rps, kind, sim.arrival_cv, random.Random(f"arrivals {seed}"))
+    next(due)  # it is at 0; nobody waits there
+    until_s = sim.duration_s
+    for at in itertools.takewhile(lambda at: at <= until_s, due):
         yield Arrival(at, sim.input_tokens, sim.output_tokens)
 
 
@@ -129,7 +136,7 @@ def _report(world: World, policy: str, seed: int) -> dict[str, Any]:
     return report | {
         "gpus": gpus,
         "goodput_rps_per_gpu": report["goodput_rps"] / gpus,
-        "cost_usd": per_hour * duration_s / HOUR_S,
+        "cost_usd": per_hour * duration_s / HOUR_S - world.controller.saved_usd(WARM_S + duration_s),
         "prefix_hit_ratio": users.cached_tokens / users.prompt_tokens if users.prompt_tokens else 0.0,
         "failovers": users.failovers,
         **({"kv_plane": world.site.plane.summary()} if world.site.plane is not None else {}),

@@ -62,9 +62,9 @@ def read_trace(
             raise place.error(error) from None
 
 
-_NO_TIMES = "lengths and no times of arrival; give a rate at which they arrive"
+_NO_TIMES = "lengths and no times of arrival; give a rate: sim.rate_rps, or --rate of `tandem plan` and `tandem bench`"
 _TIMES = "times of arrival of its own; scale its rate instead"
-_NO_OUTPUTS = "no column output_tokens; say how many tokens an answer has"
+_NO_OUTPUTS = "no column output_tokens; say how long answers are: sim.output_tokens, or --output-tokens of `tandem bench`"
 _OUTPUTS = "lengths of answers of its own"
 
 
@@ -129,4 +129,4 @@ def _wrong_length(place: _Place, line: int, asked: int, told: int, context_max: 
         if tokens > TOKENS_MAX:
             return place.wrong(line, field, f"{tokens} tokens are more than any model holds")
     field = "input_tokens" if context_max is None or asked >= context_max else "output_tokens"
-    return place.wrong(line, field, f"{asked} + {told} tokens are more than the context of {context_max or TOKENS_MAX} holds")
+    return place.wrong(line, field, f"{asked} + {told} tokens are more than the context of {context_max or TOKENS_MAX:,} holds")

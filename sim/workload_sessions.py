@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from sim.trace_formats import HASH_BLOCK_TOKENS
+from sim.trace_formats import HASH_BLOCK_TOKENS, TOKENS_MAX
 from sim.workload import Arrival
 from sim.workload_lengths import Lengths
 
@@ -106,6 +106,27 @@ def with_sessions(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
         if len(full) > 1:
             tails[full[-1]] = session
         yield Arrival(a.arrival_s, a.input_tokens, a.output_tokens, a.blocks, a.block_tokens, session, a.tenant, a.slo_class)
+
+
+def with_histories(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
+    """Names blocks for the turns of sessions where a trace names none: a turn's prompt begins with the whole prompt of the turn
+    before it, as in a chat that sends its history along. A turn that is shorter begins a new history.
+
+    One name stands for all of a prompt, so that two turns share as many tokens as the shorter one has. Holds a number per
+    session.
+    """
+    last: dict[tuple[str, str], tuple[int, int]] = {}
+    for a in arrivals:
+        if not a.session or a.blocks:
+            yield a
+            continue
+        who = a.tenant, a.session
+        tokens, begun = last.get(who, (0, 0))
+        begun += a.input_tokens < tokens
+        last[who] = a.input_tokens, begun
+        digest = blake2b(f"{a.tenant}\0{a.session}\0{begun}".encode(), digest_size=7).digest()
+        name = int.from_bytes(digest, "little")
+        yield Arrival(a.arrival_s, a.input_tokens, a.output_tokens, (name,), TOKENS_MAX, a.session, a.tenant, a.slo_class)
 
 
 def superposed(arrivals: Iterable[Arrival], factor: float, rng: random.Random, jitter_s: float = 1.0) -> Iterator[Arrival]:

@@ -85,7 +85,7 @@ def test_lengths_alone_arrive_when_they_are_told_to(tmp_path: Path, text: str) -
 
 def test_a_file_of_inputs_alone_is_told_how_long_answers_are(tmp_path: Path) -> None:
     assert read(tmp_path, INPUTS, output_tokens=9) == [Arrival(0.0, 512, 9), Arrival(1.75, 512, 9)]
-    with pytest.raises(ConfigError, match="no column output_tokens; say how many"):
+    with pytest.raises(ConfigError, match="no column output_tokens; say how long"):
         read(tmp_path, INPUTS)
 
 

@@ -18,6 +18,8 @@ from core.errors import ConfigError
 
 TANDEM = str(Path(sys.executable).with_name("tandem"))
 
+TRACE = str(Path(__file__).parents[2] / "sim" / "data" / "mooncake_conversation_300.jsonl.gz")
+
 
 def tandem(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([TANDEM, *arguments], capture_output=True, text=True, timeout=60, check=False)
@@ -46,7 +48,13 @@ MISTAKES = [
     (["bench", "--url", "http://127.0.0.1:1"], 3, ["nobody answers at 127.0.0.1:1"]),
     (["bench", "--url", "ftp://x"], 2, ["--url must look like http://HOST:PORT"]),
     (["bench", "--url", "http://x", "--grpc", "x:1"], 2, ["not both"]),
-    (["bench", "--grpc", "x:1", "--rate", "1", "--trace", "y"], 2, ["--speed"]),
+    (["bench", "--grpc", "x:1", "--rate", "1", "--trace", TRACE], 2, ["--speed"]),
+    (["bench", "--grpc", "x:1", "--rate", "1", "--trace", "/nowhere"], 2, ["cannot read the trace /nowhere"]),
+    (["bench", "--grpc", "x:1", "--rate", "1", "--ttft-slo", "-1"], 2, ["ttft_slo_s must be a positive number"]),
+    (["bench", "--grpc", "x:1", "--rate", "1", "--tpot-slo", "nan"], 2, ["tpot_slo_s must be a positive number"]),
+    (["bench", "--grpc", "x:1", "--rate", "1", "--json", "/nowhere/x.json"], 2, ["there is no folder /nowhere"]),
+    (["profile", "--json", "/nowhere/x.json"], 2, ["there is no folder /nowhere"]),
+    (["explain", "abc", "--grpc", "127.0.0.1:1"], 3, ["127.0.0.1:1"]),
     (["drain", "decode-0", "--admin", "127.0.0.1:1"], 3, ["nobody answers"]),
     (["down", "--admin", "127.0.0.1:1"], 3, ["nobody answers"]),
     (["kv", "stat", "--admin", "127.0.0.1:1"], 3, ["nobody answers"]),

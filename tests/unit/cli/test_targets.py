@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -59,7 +60,7 @@ async def ask(url: str, timeout_s: float = 10.0) -> int:
         return sum([count async for count in target.answer(JOB)])
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "http://", "https:///v1"])
+@pytest.mark.parametrize("url", ["ftp://host", "http://", "https:///v1", "http://host:99999", "http://host:x"])
 async def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequestError, match="--url must look like"):
         await ask(url)
@@ -121,6 +122,47 @@ async def test_a_connection_that_breaks_off_is_an_error() -> None:
     async with server([streamed(text("a"), end=False)]) as url:
         with pytest.raises(UnavailableError, match="broke"):
             await ask(url)
+
+
+def until_closed(body: str) -> Pieces:
+    """An event stream that ends where the connection does."""
+    return [b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + body.encode()]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("data: <html>\n\n", "no JSON object: <html>"),
+        ("data: 7\n\n", "no JSON object: 7"),
+        ('data: {"choices": [{"text": "a"}]}\n\n', r"ended without \[DONE\]"),
+        ('data: {"choices": [{"text": "a"}]}\n\ndata: {"cho', r"ended without \[DONE\]"),
+        ("\x00\xff garbage", r"ended without \[DONE\]"),
+    ],
+)
+async def test_a_stream_of_garbage_or_of_half_an_answer_is_an_error(body: str, said: str) -> None:
+    async with server(until_closed(body)) as url:
+        with pytest.raises(UnavailableError, match=said):
+            await ask(url)
+
+
+async def test_a_stream_that_names_its_end_is_whole_and_strange_choices_hold_no_token() -> None:
+    events = [text("a"), {"choices": None}, {"choices": [7]}, {"choices": [{"text": "b", "finish_reason": "length"}]}]
+    async with server(until_closed("".join(f"data: {json.dumps(event)}\n\n" for event in events))) as url:
+        assert await ask(url) == 2
+
+
+@pytest.mark.parametrize("models", [b"[]", b"7", b'{"data": []}', b'{"data": [{}]}', b"<html>", b'{"data": {"id": 1}}'])
+async def test_who_lists_no_model_is_no_server_of_this_kind(models: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "MODELS", models)
+    async with server([streamed(text("a"))]) as url:
+        with pytest.raises(TandemError, match=r"no OpenAI-compatible server|html"):
+            await ask(url)
+
+
+async def test_a_context_that_is_no_number_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "MODELS", b'{"data": [{"id": "m", "max_model_len": "long"}]}')
+    async with server([]) as url, open_http(url, Asked(1.0)) as target:
+        assert target.context_max is None
 
 
 async def test_a_server_that_stops_talking_runs_into_the_deadline() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from cli.load import Job, prompt_of
 from cli.workload import Replay, Sharing, Workload
+from sim.trace_arrivals import Missing
 from sim.workload_lengths import TokenRange
 from sim.workload_shapes import Arrivals
 from tandem.errors import InvalidRequestError
@@ -70,6 +71,22 @@ def replayed(tmp_path: Path, text: str, context: int | None = None, speed: float
 def test_a_trace_is_replayed_as_it_is_until_the_time_is_over(tmp_path: Path) -> None:
     assert replayed(tmp_path, TRACE) == [(0, 1000, 100), (1, 4000, 1), (2, 10, 3000)]
     assert [due for due, *_ in replayed(tmp_path, TRACE, speed=2.0)] == [0, 0.5, 1.0, 4.5]
+
+
+def test_a_file_of_lengths_alone_comes_at_the_rate_that_is_given(tmp_path: Path) -> None:
+    (tmp_path / "trace").write_text("input_tokens,output_tokens\n" + "9,2\n" * 400)
+    replay = Replay(str(tmp_path / "trace"), 2.0, 1.0, INF, INF, 1, Missing(10.0, 1.0, None, 1))
+    jobs = list(replay.open(10.0, None))
+    assert 150 < len(jobs) < 250, "twenty a second for ten seconds"
+    assert all(job.due_s < 10 for job in jobs)
+
+
+def test_turns_of_a_session_share_their_prompts(tmp_path: Path) -> None:
+    (tmp_path / "trace").write_text("arrival_s,input_tokens,output_tokens,session\n0,40,2,a\n1,40,2,b\n2,60,2,a\n")
+    first, other, second = Replay(str(tmp_path / "trace"), 1.0, 1.0, INF, INF, 1).open(5.0, None)
+    said, stranger, more = (prompt_of(job, range(10_000)) for job in (first, other, second))
+    assert more[:40] == said != stranger
+    assert len(more) == 60
 
 
 def test_lengths_of_a_trace_are_scaled_then_cut_then_made_to_fit_the_model(tmp_path: Path) -> None:

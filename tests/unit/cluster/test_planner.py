@@ -109,6 +109,14 @@ def test_too_few_gpus_serve_what_they_can_and_say_which_is_missing() -> None:
     assert 0 < found.goodput_rps.mean < 500
 
 
+def test_a_demand_far_beyond_all_machines_still_names_what_there_is_too_little_of() -> None:
+    work = replace(workload(20.0), rate_rps=1e9)
+    found = planned([offer(on_demand=Terms(4.0, gpus_max=2))], work=work)
+    assert not found.meets
+    assert "big (on demand): 2 GPUs can be had" in found.binding
+    assert found.goodput_rps.mean > 1
+
+
 def test_a_limit_below_one_step_has_no_plan_and_a_nearest_one() -> None:
     work, impossible = workload(), Slo(ttft_s=2.0, tbt_s=0.015)
     assert plan(work, [offer()], impossible, None, Settings()) is None
