@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from core.errors import NotFoundError
+from core.errors import NotFoundError, TandemError
 from core.request import Slo
 from router.frontend_types import Placement, Timing
 from router.policy import Candidate, Decision, Nobody, Pair
@@ -121,6 +121,13 @@ class Decisions:
         if known is not None:
             known.outcome = outcome
         return known
+
+    def refused(self, about: Explanation, at_s: float, error: TandemError, *, placed: bool) -> None:
+        """It was turned away. `placed`: it had been let in, so that what is known of it by now is of this use of its id."""
+        if placed and about.request_id in self._known:
+            return
+        known = self.decided(about, at_s, Decision(Nobody(error.message, busy=False)))
+        known.outcome = Outcome(error.code, Timing(total_s=at_s), 0, 0, 0, Placement("", ""), error.message)
 
     def explain(self, request_id: str) -> Explanation:
         """Raises NotFoundError that says how far back memory goes."""

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 
 from core.clock import Clock
-from core.errors import InvalidRequestError, TandemError, UnavailableError
+from core.errors import InvalidRequestError, OverloadedError, TandemError, UnavailableError
 from core.request import WorkerRole
 from router.admission import Text, UsedIds, check_request_id, check_sampling, journey_spec, prompt_ids, resolve
 from router.choice import ChoiceText
@@ -56,6 +56,7 @@ class Frontend:
     async def generate(self, request: FrontRequest) -> AsyncGenerator[Part, None]:
         """See FrontDoor.generate."""
         request_id = self._take_id(request)
+        arrived_at = self._clock.now()
         run: Run | None = None
         try:
             self._stats.running += 1
@@ -63,6 +64,9 @@ class Frontend:
             while parts := await run.next_parts():
                 for part in parts:
                     yield part
+        except OverloadedError as error:
+            self._explain_refusal(request, request_id, error, arrived_at, placed=run is not None)
+            raise
         finally:
             self._stats.running -= 1
             del self._runs[request_id]
@@ -138,6 +142,15 @@ class Frontend:
         self._stats.failed(error)
         with contextlib.suppress(InvalidRequestError):  # of a class there is not, nobody keeps count
             self._stats.attainment.failed(self._terms_of(request).slo_class, error)
+
+    def _explain_refusal(
+        self, request: FrontRequest, request_id: str, error: OverloadedError, arrived_at: float, *, placed: bool
+    ) -> None:
+        """A refusal is a decision too, though it names no place."""
+        terms = self._terms_of(request)
+        tokens = len(request.prompt) if isinstance(request.prompt, tuple) else 0
+        about = Explanation(request_id, "admission", terms.slo_class, terms.slo, tokens, 0)
+        self._dispatcher.placer.decisions.refused(about, self._clock.now() - arrived_at, error, placed=placed)
 
     async def _admit(self, request: FrontRequest, request_id: str) -> Run:
         arrived_at = self._clock.now()

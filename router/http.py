@@ -193,7 +193,7 @@ class _Answer:
             headers = {"x-request-id": self._request_id} | ({explain.HEADER: why} if why is not None else {})
             response = JSONResponse(self._reply.whole(), headers=headers)
         except Exception as error:
-            response = response_of(error, self._request_id)
+            response = response_of(error, self._request_id, self._why())
         await response(scope, receive, send)
 
     async def stream(self, send: Send) -> None:

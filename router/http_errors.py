@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from core.errors import InternalError, TandemError
+from router.explain import HEADER
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +34,10 @@ def body_of(error: BaseException) -> dict[str, Any]:
     return _body(ours.http_status, ours.message, ours.code, getattr(ours, "param", None))
 
 
-def response_of(error: BaseException, request_id: str) -> JSONResponse:
+def response_of(error: BaseException, request_id: str, why: str | None = None) -> JSONResponse:
+    """`why`: the value of the explaining header, where it is wanted and anything is known."""
     ours = _ours(error)
-    headers = {"x-request-id": request_id}
+    headers = {"x-request-id": request_id} | ({HEADER: why} if why is not None else {})
     if ours.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(ours.retry_after_s)))
     if ours.http_status in (408, 413):

@@ -73,7 +73,7 @@ class EventWriter:
         if self._opened:
             await self.close(event(body_of(error)))
         else:
-            response = response_of(error, self._request_id)
+            response = response_of(error, self._request_id, self._why())
             start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
             await self._send(start)
             await self._write(bytes(response.body), more=False)

@@ -45,16 +45,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Writes through the context instead of yielding: so a client that hangs up ends the request in this frame, at
         once, and not when an abandoned generator is collected."""
+        explained: _Explained | None = None
         try:
             asked = request_from_pb(request)
-            explained = _Explained(self._front, context) if _asks_why(context) else None
+            explained = _Explained(self._front, context, asked.request_id) if _asks_why(context) else None
             async with contextlib.aclosing(self._front.generate(asked)) as parts:
                 async for part in parts:
                     if explained is not None:
                         explained.saw(part)
                     await context.write(part_to_pb(part))
         except TandemError as error:
-            await _abort(context, error)
+            await _abort(context, error, explained.line() if explained is not None else None)
         except grpc.aio.BaseError as error:  # of writing: the client has gone, nobody is left to tell
             log.debug("request %s: its client went away: %s", request.request_id, error)
         except Exception:
@@ -93,16 +94,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 class _Explained:
     """Sets the trailing metadata that a call asked for, when it ends."""
 
-    def __init__(self, front: FrontDoor, context: Context) -> None:
+    def __init__(self, front: FrontDoor, context: Context, request_id: str) -> None:
+        """`request_id`: what the call named; empty until the front has named it."""
         self._front = front
         self._context = context
-        self._request_id = ""
+        self._request_id = request_id
 
     def saw(self, part: Part) -> None:
         if isinstance(part, Started):
             self._request_id = part.request_id
-        elif isinstance(part, Finished) and (line := explain.header_of(self._front, self._request_id)) is not None:
+        elif isinstance(part, Finished) and (line := self.line()) is not None:
             self._context.set_trailing_metadata(((explain.HEADER, line),))
+
+    def line(self) -> str | None:
+        """What is known by now."""
+        return explain.header_of(self._front, self._request_id)
 
 
 def _asks_why(context: Context) -> bool:
@@ -192,9 +198,10 @@ def _finished_to_pb(part: Finished) -> pb.Finished:
     )
 
 
-async def _abort(context: Context, error: TandemError) -> NoReturn:
-    """Ends the call with the error's status; its code and when to retry travel in the trailing metadata."""
-    metadata = [("tandem-code", error.code)]
+async def _abort(context: Context, error: TandemError, why: str | None = None) -> NoReturn:
+    """Ends the call with the error's status; its code, when to retry and, where it is wanted, `why` travel in the trailing
+    metadata."""
+    metadata = [("tandem-code", error.code)] + ([(explain.HEADER, why)] if why is not None else [])
     if error.retry_after_s is not None:
         metadata.append(("tandem-retry-after-s", f"{error.retry_after_s:g}"))
     context.set_trailing_metadata(tuple(metadata))

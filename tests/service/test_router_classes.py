@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -206,13 +207,39 @@ async def test_what_would_miss_its_limits_is_refused_before_it_is_computed():
         await r.all_free()
 
 
+async def test_a_refusal_is_explained_too():
+    tenants = {"a": {"tokens_per_s": 0.5, "burst_tokens": 30.0}, "default": {}}
+    async with rig(config=config(admission="reject", tenants=tenants)) as r, fronts(r) as (client, web):
+        await client.generate(list(PROMPT), PARAMS, tenant="a", request_id="again")
+        with pytest.raises(QuotaExceededError):
+            await client.generate(list(PROMPT), PARAMS, tenant="a", request_id="again")
+        known = await client.explain("again")
+        assert known.outcome is not None
+        assert (known.outcome.finish, known.prompt_tokens, len(known.decisions)) == ("quota_exceeded", len(PROMPT), 1)
+        assert "has used up its quota" in known.decisions[0].reason
+        assert known.decisions[0].placement is None
+        for worker in r.workers.values():
+            worker.step_cost = COST
+        r.announce()
+        for stream in (False, True):
+            body = BODY | {"ttft_slo_s": 0.01, "stream": stream}
+            answer = await web.post("/v1/completions", json=body, headers={"x-tandem-explain": "1"})
+            assert answer.status_code == 429
+            said = json.loads(answer.headers["x-tandem-explain"])
+            assert said["outcome"]["finish"] == "slo_unattainable"
+            assert "first token would take" in said["outcome"]["message"]
+            assert (await client.explain(answer.headers["x-request-id"])).ttft_slo_s == 0.01
+        await r.all_free()
+
+
 async def test_who_waits_in_vain_is_told_when_its_limit_has_passed():
     async with rig(room=1, step_s=0.001, config=config(admission="reject")) as r:
         async with one_running(r):
             patient = asyncio.create_task(r.generate(replace(request(request_id="patient"), slo=Slo(ttft_s=20.0))))
             await r.until(lambda: len(r.dispatcher.queue) == 1)
             with pytest.raises(SloUnattainableError, match="no place came free in time"):
-                await r.generate(replace(request(), slo=Slo(ttft_s=0.05)))
+                await r.generate(replace(request(request_id="hasty"), slo=Slo(ttft_s=0.05)))
+            assert "no place came free" in r.front.explain("hasty").outcome.message
             assert "patient" in r.dispatcher.queue
         assert (await patient).ids() == expected(PROMPT, 7, 16)
         await r.all_free()
