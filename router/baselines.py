@@ -113,7 +113,7 @@ class Splitwise(Scored):
 
 def matched_tokens(situation: Situation, pool: Pool, need: Need) -> Column:
     """Prompt tokens that each worker has cached, as far as the index knows; at least one is always computed."""
-    return np.minimum(situation.cached_blocks(pool, need.keys) * pool.block_tokens, max(need.tokens - 1, 0))
+    return np.minimum(situation.cached_blocks(pool, need.keys) * pool.block_tokens, np.float64(max(need.tokens - 1, 0)))
 
 
 def _rotated(count: int, start: int) -> Column:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from core.blocks import BlockKey
 from core.entry_table import Keys
 from core.kv_changes import KvChanges
-from router.key_runs import packed_keys, short_keys
+from router.key_runs import PromptKeys, packed_keys, short_keys
 from router.prefix_index import Depths, PrefixIndex, Slots
 
 EXPECTED_S = 10.0
@@ -48,7 +48,7 @@ class BlockIndex:
         self._disk = PrefixIndex(self.slots, blocks_max)
         self._expected = PrefixIndex(self.slots, max(blocks_max // EXPECTED_SHARE, BLOCKS_MIN))
         self._until: deque[tuple[float, str, Keys]] = deque()
-        self._matched: tuple[Sequence[BlockKey], Match] = ((), NOTHING_KNOWN)
+        self._matched: tuple[object, Match] = (None, NOTHING_KNOWN)
 
     def __len__(self) -> int:
         return len(self._dram) + len(self._disk)
@@ -97,8 +97,9 @@ class BlockIndex:
         """Asked again for the same sequence, before anything changed, it answers at once."""
         if not keys or not self.slots.alive:  # as long as `places` counts, though nobody is left
             return Match(np.zeros(len(self.slots.names) + 1), 0)
-        if self._matched[0] is not keys:
-            self._matched = (keys, self._match(short_keys(keys)))
+        asked = keys.short if isinstance(keys, PromptKeys) else keys  # to let go of thousands of keys takes as long as to look
+        if self._matched[0] is not asked:
+            self._matched = (asked, self._match(short_keys(keys)))
         return self._matched[1]
 
     def places(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -108,7 +109,7 @@ class BlockIndex:
 
     def _match(self, short: Keys) -> Match:
         depths = self._dram.depths(short)
-        best = int(depths.max())  # what is expected cannot be fetched yet
+        best = int(depths.item(depths.argmax()))  # what is expected cannot be fetched yet
         if len(self._expected):
             depths = np.maximum(depths, self._expected.depths(short))
         if len(self._disk) and best < short.size:
@@ -116,4 +117,4 @@ class BlockIndex:
         return Match(depths, best)
 
     def _forget_match(self) -> None:
-        self._matched = ((), NOTHING_KNOWN)
+        self._matched = (None, NOTHING_KNOWN)

@@ -121,8 +121,3 @@ def quickest_s(situation: Situation, need: Need) -> tuple[float, float]:
 def _sane(seconds: float) -> float:
     """Workers that report nonsense must not keep anybody from being put in line."""
     return seconds if 0 <= seconds < math.inf else 0.0
-
-
-def costs_known(situation: Situation) -> bool:
-    """Without any measured step, predictions rank places but say nothing of limits."""
-    return any(worker.step_cost is not None for worker in situation.view.workers.values())

@@ -7,46 +7,16 @@ sides, which are few, and only those are looked at one by one.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
 from router.baselines import matched_tokens
+from router.forecast_columns import CHUNK_TOKENS, LOOKED_AT, best_rows, harmed, lowest, met_there, missing, prompt_columns
 from router.policy import Candidate, Need, Pair
-from router.pools import Column, Pool, Rows
+from router.pools import CHUNK, HALF, ZERO, Column, Pool, Rows
+from router.ranking import Goal, Rank, rank_of, reason_of
 from router.situation import Situation
-
-LOOKED_AT = 4
-"""Rows of a pool that are ranked exactly."""
-CHUNK_TOKENS = 256
-"""Of chunked prefill beside decodes: what one step adds to a gap."""
-ASKING_S = 2e-3
-"""Finding out who has the blocks of a prompt."""
-NEAR = 0.9
-"""Part of a limit that a prediction may fill: predictions err."""
-
-
-class Goal(NamedTuple):
-    """What predictions of the first token and of gaps may be (infinity where there is no limit), and the tokens expected.
-    `tenth`: of one late gap, what it adds to the mean of the slowest tenth of gaps."""
-
-    ttft_s: float
-    gap_s: float
-    output_tokens: float
-    tenth: float
-
-    @staticmethod
-    def of(need: Need) -> Goal:
-        gaps = [limit for limit in (need.slo.tbt_s, need.slo.tpot_s) if limit is not None]
-        ttft_s = need.slo.ttft_s or math.inf
-        tenth = 1 / max(1.0, need.output_tokens / 10)
-        return Goal(NEAR * ttft_s, NEAR * min(gaps) if gaps else math.inf, need.output_tokens, tenth)
-
-
-Rank = tuple[float, float, float, float, str]
-"""Smaller is better: requests expected to miss a limit, then by how much this one does, then the time until its last token;
-ties go to the less loaded, then by name."""
 
 
 class Ranked(NamedTuple):
@@ -60,6 +30,9 @@ class Ranked(NamedTuple):
     def candidate(self) -> Candidate:
         return self.made.candidate(self.rank, self.prefill, self.decode)
 
+    def ttft_s(self) -> float:
+        return self.made.ttft_s(self.prefill)
+
     def runs_beside(self) -> float:
         """Requests that decode where it would."""
         return self.made.running(self.decode)
@@ -69,45 +42,75 @@ class Ranked(NamedTuple):
         return self.made.new.item(self.prefill)
 
 
+class _Side(NamedTuple):
+    """A decode worker of a pair."""
+
+    row: int
+    name: str
+    gap_s: float
+    load: float
+    harm: float
+
+
 class Split:
     """Prefill and decode on two workers. Neither pool is empty."""
 
     def __init__(self, situation: Situation, prefill: Pool, decode: Pool, need: Need, goal: Goal) -> None:
         self._prefill, self._decode, self._goal = prefill, decode, goal
         cached = matched_tokens(situation, prefill, need)
-        new, self._queue_s, self._prefill_s = _prompt(situation, prefill, need, cached)
+        new, self._queue_s, self._prefill_s = prompt_columns(situation, prefill, need, cached)
         computed_s = self._queue_s + self._prefill_s
         self._ttft_s = prefill.corrections.overhead_s + computed_s
         link = situation.view.link
         self.new, self._latency_s, self._token_s = new, link.latency_s, situation.token_bytes / link.bytes_per_s
-        before_s = _met_there(prefill, decode, goal, float(computed_s.min()))
-        cost = decode.cost
-        self._step_s = before_s + cost.decode_row_s + cost.decode_context_s * (need.tokens + need.output_tokens / 2)
-        self._harmed = harmed(decode, before_s, self._step_s, goal)
+        self._computed_s, self._context = computed_s, np.float64(need.tokens + need.output_tokens / 2)
+        self._sides: list[_Side] | None = None
+        self._sides_on: Rows | None = None
 
-    def best(self, may_prefill: Rows, may_decode: Rows) -> list[Ranked]:
-        """The best pairs of these rows, in no order."""
-        goal, tenth = self._goal, self._goal.tenth
-        prefill, decode, harmed_ = self._prefill, self._decode, self._harmed
-        first_s, last_chunk = self._ttft_s, CHUNK_TOKENS * self._token_s
-        if self.new.min() < CHUNK_TOKENS:
-            first_s = first_s + goal.output_tokens * tenth * self._token_s * np.minimum(self.new, CHUNK_TOKENS)
-        gap_s = self._step_s + tenth * (decode.corrections.join_s + (self._latency_s + last_chunk))
-        first = _best(may_prefill, _missing(None, (self._ttft_s, goal.ttft_s)), first_s)
-        then = _best(may_decode, _missing(harmed_, (gap_s, goal.gap_s)), gap_s)
-        sides = [
-            (d, decode.names[d], self._step_s.item(d) + tenth * decode.corrections.join_s.item(d), decode.running.item(d),
-             0.0 if harmed_ is None else harmed_.item(d))
-            for d in then
-        ]  # fmt: skip
+    def ttft_s(self, p: int) -> float:
+        return self._ttft_s.item(p)
+
+    def soonest_s(self, may_prefill: Rows) -> float:
+        """The first token where it comes first. There are rows."""
+        return lowest(self._ttft_s[may_prefill])
+
+    def best(self, may_prefill: Rows, may_decode: Rows, goal: Goal) -> list[Ranked]:
+        """The best pairs of these rows, in no order. `goal`: that of the making, but for the limit of the first token."""
+        first_s, tenth = self._ttft_s, goal.tenth
+        if lowest(self.new) < CHUNK_TOKENS:
+            first_s = first_s + np.float64(goal.output_tokens * tenth * self._token_s) * np.minimum(self.new, CHUNK)
+        first = best_rows(may_prefill, missing(None, (self._ttft_s, goal.ttft_s)), first_s)
+        if self._sides is None or self._sides_on is not may_decode:
+            self._sides, self._sides_on = self._best_sides(may_decode), may_decode
+        sides = self._sides
         pairs = []
         for n, p in enumerate(first, start=1):
             ttft_s, late_s = self._ttft_s.item(p), tenth * self._exposed_s(p)
-            name, load = prefill.names[p], prefill.waiting_tokens.item(p)
-            for d, its_name, its_gap_s, its_load, harm in sides[: LOOKED_AT // n]:  # who is better on both sides comes first
-                rank = rank_of(goal, harm, ttft_s, its_gap_s + late_s, load + its_load, its_name + name)
-                pairs.append(Ranked(rank, self, p, d))
+            name, load = self._prefill.names[p], self._prefill.waiting_tokens.item(p)
+            for side in sides[: LOOKED_AT // n]:  # who is better on both sides comes first
+                rank = rank_of(goal, side.harm, ttft_s, side.gap_s + late_s, load + side.load, side.name + name)
+                pairs.append(Ranked(rank, self, p, side.row))
         return pairs
+
+    def _best_sides(self, may_decode: Rows) -> list[_Side]:
+        """The best decode workers, whatever prefill worker goes with them: so they are looked for once."""
+        decode, goal, cost = self._decode, self._goal, self._decode.cost
+        before_s = met_there(self._prefill, decode, goal, lowest(self._computed_s))
+        self._step_s = step_s = before_s + cost.decode_row_s + cost.decode_context_s * self._context
+        harmed_ = harmed(decode, before_s, step_s, goal)
+        join_s, last_s = decode.corrections.join_s, self._latency_s + CHUNK_TOKENS * self._token_s
+        gap_s = step_s + np.float64(goal.tenth) * (join_s + np.float64(last_s))
+        rows = best_rows(may_decode, missing(harmed_, (gap_s, goal.gap_s)), gap_s)
+        return [
+            _Side(
+                row,
+                decode.names[row],
+                step_s.item(row) + goal.tenth * join_s.item(row),
+                decode.running.item(row),
+                0.0 if harmed_ is None else harmed_.item(row),
+            )
+            for row in rows
+        ]
 
     def running(self, d: int) -> float:
         return self._decode.running.item(d)
@@ -146,30 +149,32 @@ class Whole:
     def __init__(self, situation: Situation, pool: Pool, need: Need, goal: Goal) -> None:
         self._situation, self._pool, self._need, self._goal = situation, pool, need, goal
         self._cached = matched_tokens(situation, pool, need)
-        self.new = need.tokens - self._cached
+        self.new = np.float64(need.tokens) - self._cached
         self.tokens = need.tokens
+        self._made = False
 
     def at_best_s(self) -> Column:
         """Less than the time until the last token can be."""
         pool, need = self._pool, self._need
-        new = np.minimum(self.new, need.tokens - self._situation.best_tokens(need.keys, need.tokens))
-        token_s = pool.cost.prefill_token_s + pool.cost.prefill_pair_s * (need.tokens - 0.5 * new)
-        return np.asarray(token_s * new + self._goal.output_tokens * pool.gap_now_s)
+        new = np.minimum(self.new, np.float64(need.tokens - self._situation.best_tokens(need.keys, need.tokens)))
+        token_s = pool.cost.prefill_token_s + pool.cost.prefill_pair_s * (np.float64(need.tokens) - HALF * new)
+        return np.asarray(token_s * new + np.float64(self._goal.output_tokens) * pool.gap_now_s)
 
     def handing_over_s(self) -> Column:
         """What streams would wait here for a prompt that was computed elsewhere: its last chunk, and the turn it joins with."""
         link = self._situation.view.link
         moved_bytes = min(self._need.tokens, CHUNK_TOKENS) * self._situation.token_bytes
-        return np.asarray(link.latency_s + moved_bytes / link.bytes_per_s + self._pool.corrections.join_s)
+        return np.asarray(np.float64(link.latency_s + moved_bytes / link.bytes_per_s) + self._pool.corrections.join_s)
 
-    def best(self, may: Rows) -> list[Ranked]:
-        """The best of these rows, in no order."""
+    def best(self, may: Rows, goal: Goal) -> list[Ranked]:
+        """The best of these rows, in no order. `goal` as of `Split.best`."""
         if not may.size:
             return []
-        self._make()
-        goal, pool = self._goal, self._pool
-        total_s = self._ttft_s + goal.output_tokens * self._gap_s
-        missed = _missing(self._harmed, (self._ttft_s, goal.ttft_s), (self._gap_s, goal.gap_s))
+        if not self._made:
+            self._make()
+        pool = self._pool
+        total_s = self._ttft_s + np.float64(goal.output_tokens) * self._gap_s
+        missed = missing(self._harmed, (self._ttft_s, goal.ttft_s), (self._gap_s, goal.gap_s))
         return [
             Ranked(
                 rank_of(
@@ -184,8 +189,11 @@ class Whole:
                 row,
                 row,
             )
-            for row in _best(may, missed, total_s)
+            for row in best_rows(may, missed, total_s)
         ]
+
+    def ttft_s(self, row: int) -> float:
+        return self._ttft_s.item(row)
 
     def running(self, row: int) -> float:
         return self._pool.running.item(row)
@@ -209,115 +217,14 @@ class Whole:
 
     def _make(self) -> None:
         """Only for who looks: most decode workers are not asked to compute prompts."""
+        self._made = True
         pool, need = self._pool, self._need
         now_s = pool.gap_now_s
-        self.new, self._queue_s, alone_s = _prompt(self._situation, pool, need, self._cached)
-        steps = np.ceil((self.new + pool.waiting_tokens) / CHUNK_TOKENS)
+        self.new, self._queue_s, alone_s = prompt_columns(self._situation, pool, need, self._cached)
+        steps = np.ceil((self.new + pool.waiting_tokens) / CHUNK)
         self._prefill_s = alone_s + steps * (now_s - pool.cost.base_s)  # decodes run along
-        turn_s = np.where(pool.running > 0, 0.5 * now_s, 0.0)  # the step that is under way
+        turn_s = np.where(pool.running > ZERO, HALF * now_s, ZERO)  # the step that is under way
         self._ttft_s = pool.corrections.overhead_s + turn_s + self._queue_s + self._prefill_s
         self._gap_s = pool.gap_s(1.0, need.tokens + need.output_tokens / 2)
-        felt_s = now_s + pool.cost.prefill_token_s * np.minimum(self.new, CHUNK_TOKENS)
+        felt_s = now_s + pool.cost.prefill_token_s * np.minimum(self.new, CHUNK)
         self._harmed = harmed(pool, now_s, felt_s, self._goal)
-
-
-def _prompt(situation: Situation, pool: Pool, need: Need, cached: Column) -> tuple[Column, Column, Column]:
-    """On each worker the tokens to compute, the time until it begins with them, and what they take it.
-
-    With what the worker has of the prompt, or with the longest prefix that anybody has, fetched while others are computed,
-    whichever is sooner (Mooncake's Conductor, FAST '25, algorithm 1, with times for its hand-tuned ratio: a prefix is
-    replicated where waiting for its holder takes longer).
-    """
-    new, queue_s = need.tokens - cached, pool.queue_s(need.now)
-    prefill_s = pool.prefill_s(new, cached)
-    best = situation.best_tokens(need.keys, need.tokens)
-    if not cached.size or best <= cached.min():
-        return new, queue_s, prefill_s
-    link = situation.view.link
-    fetch_s = ASKING_S + link.latency_s + (best - cached) * (situation.token_bytes / link.bytes_per_s)
-    begins_s, rest_s = np.maximum(queue_s, fetch_s), pool.prefill_s(float(need.tokens - best), float(best))
-    sooner = (begins_s + rest_s < queue_s + prefill_s) & (cached < best)
-    return (
-        np.where(sooner, need.tokens - best, new),
-        np.where(sooner, begins_s, queue_s),
-        np.where(sooner, rest_s, prefill_s),
-    )
-
-
-def rank_of(goal: Goal, harm: float, ttft_s: float, gap_s: float, load: float, name: str) -> Rank:
-    risk, over = harm, 0.0
-    for predicted_s, limit_s in ((ttft_s, goal.ttft_s), (gap_s, goal.gap_s)):
-        if predicted_s > limit_s:
-            by = predicted_s / limit_s - 1.0
-            risk, over = risk + min(by, 1.0), over + by
-    return risk, over, ttft_s + goal.output_tokens * gap_s, load, name
-
-
-def reason_of(rank: Rank) -> str:
-    risk, over, *_ = rank
-    text = f"{risk:.2g} at risk" if risk else "within limits"
-    return f"{text}, {over:.0%} over" if over else text
-
-
-def harmed(pool: Pool, before_s: Column, after_s: Column, goal: Goal) -> Column | None:
-    """How many of those who run on each worker the newcomer will make miss its token limit, as far as can be expected; None:
-    nobody anywhere."""
-    if not after_s.size or after_s.max() <= goal.gap_s:
-        return None
-    return np.asarray(pool.running * (_risk(after_s, goal.gap_s) - _risk(before_s, goal.gap_s)))
-
-
-def _risk(predicted_s: Column, limit_s: float) -> Column:
-    """How likely a limit is missed: surely by what is predicted to take twice as long.
-
-    A step at the limit would count those just beyond it as lost and send them everybody else as well; predictions are not that
-    good.
-    """
-    return np.asarray(np.minimum(np.maximum(predicted_s / limit_s - 1.0, 0.0), 1.0))
-
-
-def _met_there(prefill: Pool, decode: Pool, goal: Goal, wait_s: float) -> Column:
-    """The gaps that a newcomer would find on each decode worker, as averages over its life.
-
-    Requests whose prompts are still being computed come one after another, and stay for as long as it does: of `coming` of them
-    spread over `spread_s`, at any time as many are there as fit into one life (Little's law). They take the place of those that
-    will have ended by then; where fewer are known to come, others will that nobody knows yet, so it stays as full as it is.
-    """
-    if not decode.coming.max():
-        return decode.gap_now_s
-    now = decode.running - decode.coming
-    life_s = max(goal.output_tokens, 1.0) * decode.gap_of_s(now + 1.0, decode.context)
-    spread_s = decode.coming_tokens * prefill.shared_token_s
-    left = np.maximum(1.0 - wait_s / life_s, 0.0)
-    coming = decode.coming * np.minimum(1.0, life_s / np.maximum(spread_s, 1e-9))
-    rows = np.maximum(now, now * left + coming)
-    return decode.gap_of_s(rows, decode.context * rows / np.maximum(decode.running, 1.0))
-
-
-def _missing(harm: Column | None, *predicted: tuple[Column, float]) -> Column | None:
-    """Requests expected to miss a limit on each row; None where nobody is."""
-    missed = harm
-    for predicted_s, limit_s in predicted:
-        if predicted_s.max() > limit_s:
-            risk = _risk(predicted_s, limit_s)
-            missed = risk if missed is None else missed + risk
-    return missed
-
-
-def _best(rows: Rows, missed: Column | None, column: Column) -> list[int]:
-    """The LOOKED_AT of these rows where fewest are expected to miss a limit, of those where the column is lowest, that one
-    first. By how much a limit is missed grows with the column. Of those that tie, any."""
-    kept: list[int] = []
-    while rows.size and len(kept) < LOOKED_AT:
-        some, room = rows, LOOKED_AT - len(kept)
-        if missed is not None and rows.size > 1:
-            misses = missed[rows]
-            fewest = misses == misses.min()
-            some = rows[fewest]
-        values, nearest = column[some], some
-        if some.size > room:
-            near = values <= np.partition(values, room - 1)[room - 1]
-            nearest, values = some[near], values[near]
-        kept += [row for _, row in sorted(zip(values.tolist(), nearest.tolist(), strict=True))[:room]]
-        rows = rows[~fewest] if some.size < min(room, rows.size) else rows[:0]
-    return kept

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from math import ceil
 
-from router.forecast import ASKING_S, CHUNK_TOKENS, Goal, rank_of, reason_of
+from router.forecast_columns import ASKING_S, CHUNK_TOKENS
 from router.policy import Candidate, Need, Pair
 from router.pools import Pool
+from router.ranking import Goal, rank_of, reason_of
 from router.situation import Situation
 
 
@@ -102,7 +103,7 @@ def _prompt(situation: Situation, pool: Pool, need: Need, row: int) -> tuple[flo
 
 
 def _met_there(prefill: Pool, decode: Pool, goal: Goal, wait_s: float, row: int) -> float:
-    """As in `router.forecast`."""
+    """As `router.forecast_columns.met_there`."""
     coming = decode.coming.item(row)
     if not coming:
         return decode.gap_now_s.item(row)
@@ -117,7 +118,7 @@ def _met_there(prefill: Pool, decode: Pool, goal: Goal, wait_s: float, row: int)
 
 
 def _harm(pool: Pool, before_s: float, after_s: float, goal: Goal, row: int) -> float:
-    """As `router.forecast.harmed`."""
+    """As `router.forecast_columns.harmed`."""
     if after_s <= goal.gap_s:
         return 0.0
     return float(pool.running.item(row) * (_risk(after_s, goal.gap_s) - _risk(before_s, goal.gap_s)))

@@ -9,16 +9,15 @@ looked at one by one, with computing everything on one worker beside them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from operator import itemgetter
 
 import numpy as np
 
-from router.early_rejection import costs_known
-from router.forecast import Goal, Ranked, Split, Whole
+from router.forecast import Ranked, Split, Whole
 from router.patience import CROWDED, WAITS, begins_s, calm, crowded, filled, has_room, in_a_lull, is_late
 from router.policy import Candidate, Decision, Need, Pair, Scored, window_open
-from router.pools import Mask, Pool, Rows
+from router.pools import HALF, Mask, Pool, Rows
+from router.ranking import Goal
 from router.situation import Situation
 
 KEPT = 4
@@ -29,81 +28,106 @@ class Goodput(Scored):
     wants_keys = True
 
     def begins_s(self, situation: Situation, now: float) -> Sequence[float]:
-        return begins_s(situation, now) if costs_known(situation) else ()
+        return begins_s(situation, now) if situation.costs_known else ()
 
     def decide(self, situation: Situation, need: Need) -> Decision:
-        patient = need.may_wait and costs_known(situation)
+        patient = need.may_wait and situation.costs_known
         prefill, decode, whole = situation.prefill, situation.decode, situation.whole
-        may_prefill, may_decode, may_whole = (pool.allowed(need.avoid) for pool in (prefill, decode, whole))
+        may_prefill, may_whole = prefill.allowed(need.avoid), whole.allowed(need.avoid)
+        decodes = decode.rows(need.avoid)
         if patient:
-            prefills, wholes = _rows(may_prefill & has_room(prefill, need)), may_whole & has_room(whole, need)
+            prefills, wholes = _rows(may_prefill & has_room(prefill, need)), _rows(may_whole & has_room(whole, need))
         else:
-            prefills, wholes = _rows(may_prefill & window_open(prefill, need.tokens)), may_whole
-        pairs = bool(prefills.size and may_decode.any())
-        if need.prefer is not None or not (pairs or wholes.any()):
-            if patient and (may_whole.any() or (may_prefill.any() and may_decode.any())):
+            prefills, wholes = _rows(may_prefill & window_open(prefill, need.tokens)), _rows(may_whole)
+        if need.prefer is not None or not (wholes.size or (prefills.size and decodes.size)):
+            if patient and (may_whole.any() or (may_prefill.any() and decodes.size)):
                 return Decision(filled(prefill, may_prefill, whole, may_whole, need.now))
             fixed = super().decide(situation, need)  # who is preferred, and why nobody
             if not isinstance(fixed.place, Pair) or fixed.place == need.prefer:
                 return fixed
-        decodes = _with_room(decode, may_decode, need)
-        ranked = _ranked(situation, need, prefills if pairs else prefills[:0], decodes, _with_room(whole, wholes, need))
-        if not ranked:  # whoever has room must not be asked
-            return super().decide(situation, need)
-        if patient:
-            late = is_late(ranked[0].candidate(), need)
-            if late:
-                unhurried = replace(need, slo=replace(need.slo, ttft_s=None))
-                ranked = _ranked(situation, unhurried, calm(prefill, prefills, need), decodes, _with_room(whole, wholes, need))
-                if not ranked or not in_a_lull(ranked[0]):
-                    return Decision(WAITS)
-            if crowded(ranked[0], need):
-                return Decision(WAITS if late else CROWDED)
-        candidates = tuple(one.candidate() for one in ranked[:KEPT])
-        return Decision(candidates[0].pair, candidates, _why(candidates))
+        places = _Places(situation, need, _with_room(decode, decodes, need), _with_room(whole, wholes, need))
+        late = patient and is_late(places.soonest_s(prefills), need)
+        ranked = [] if late else places.ranked(prefills)
+        if not late:
+            if not ranked:  # whoever has room must not be asked
+                return super().decide(situation, need)
+            late = patient and is_late(ranked[0].ttft_s(), need)
+        if late:
+            ranked = places.ranked(calm(prefill, prefills, need), hurried=False)
+            if not ranked or not in_a_lull(ranked[0]):
+                return Decision(WAITS)
+        best = ranked[0].candidate()
+        if patient and crowded(ranked[0], best, need):
+            return Decision(WAITS if late else CROWDED)
+        candidates = (best, *(one.candidate() for one in ranked[1:KEPT]))
+        return Decision(best.pair, candidates, _why(candidates))
 
 
-def _ranked(situation: Situation, need: Need, prefills: Rows, decodes: Rows, wholes: Rows) -> list[Ranked]:
-    """Placements on these rows, the best one first."""
-    prefill, decode, whole = situation.prefill, situation.decode, situation.whole
-    goal = Goal.of(need)
-    ranked: list[Ranked] = []
-    if prefills.size and decodes.size:
-        ranked += Split(situation, prefill, decode, need, goal).best(prefills, decodes)
-    if len(whole):
-        ranked += Whole(situation, whole, need, goal).best(wholes)
-    if decodes.size:
-        straight = Whole(situation, decode, need, goal)
-        ranked += straight.best(_unfelt(straight, decode, decodes, ranked))
-    ranked.sort(key=itemgetter(0))
-    return ranked
+class _Places:
+    """Where one request may go, with what is predicted of it: of each kind of placement when it is first looked at."""
+
+    def __init__(self, situation: Situation, need: Need, decodes: Rows, wholes: Rows) -> None:
+        self._situation, self._need, self._goal = situation, need, Goal.of(need)
+        self._decodes, self._wholes = decodes, wholes
+        self._idle = decodes[situation.decode.waiting_tokens[decodes] == 0]  # of those that decode
+        self._split: Split | None = None
+        self._whole: Whole | None = None
+        self._straight: Whole | None = None
+
+    def soonest_s(self, prefills: Rows) -> float:
+        """No first token comes sooner; 0 where that takes a closer look."""
+        closer = self._wholes.size or self._idle.size or not prefills.size or not self._decodes.size
+        return 0.0 if closer else self._split_on().soonest_s(prefills)
+
+    def ranked(self, prefills: Rows, *, hurried: bool = True) -> list[Ranked]:
+        """Placements on these rows, the best one first. Not `hurried`: without the limit of the first token."""
+        goal = self._goal if hurried else self._goal.unhurried()
+        ranked: list[Ranked] = []
+        if prefills.size and self._decodes.size:
+            ranked += self._split_on().best(prefills, self._decodes, goal)
+        if self._wholes.size:
+            if self._whole is None:
+                self._whole = Whole(self._situation, self._situation.whole, self._need, self._goal)
+            ranked += self._whole.best(self._wholes, goal)
+        if self._idle.size:
+            if self._straight is None:
+                self._straight = Whole(self._situation, self._situation.decode, self._need, self._goal)
+            ranked += self._straight.best(_unfelt(self._straight, self._situation.decode, self._idle, ranked), goal)
+        ranked.sort(key=itemgetter(0))
+        return ranked
+
+    def _split_on(self) -> Split:
+        if self._split is None:
+            self._split = Split(self._situation, self._situation.prefill, self._situation.decode, self._need, self._goal)
+        return self._split
 
 
 def _rows(mask: Mask) -> Rows:
     return mask.nonzero()[0]
 
 
-def _with_room(pool: Pool, may: Mask, need: Need) -> Rows:
+def _with_room(pool: Pool, rows: Rows, need: Need) -> Rows:
     """Where prompt and answer fit; when they fit nowhere, everywhere: the worker itself has the last word."""
-    fits = pool.room_tokens >= need.tokens + need.output_tokens
-    rows = _rows(may & fits)
-    return rows if rows.size or fits.any() else _rows(may)
+    if not rows.size:
+        return rows
+    fits = pool.room_tokens >= np.float64(need.tokens + need.output_tokens)
+    fitting = rows[fits[rows]]
+    return fitting if fitting.size or np.count_nonzero(fits) else rows
 
 
 def _unfelt(straight: Whole, decode: Pool, rows: Rows, others: list[Ranked]) -> Rows:
-    """Decode workers that may compute the whole request. Streams would feel it: it must be hardly more than a gap. Where none
-    run, whoever comes next finds the worker busy: so only when the best of the others keeps it waiting or computes more of it,
-    and only what is short (no more than handing it over) or mostly cached, unless a limit is at risk everywhere else. None of
-    those that cannot be quicker than the best of the others, if that harms nobody."""
+    """Of these decode workers, which have no prompts, those that may compute the whole request. Streams would feel it: it must
+    be hardly more than a gap. Where none run, whoever comes next finds the worker busy: so only when the best of the others
+    keeps it waiting or computes more of it, and only what is short (no more than handing it over) or mostly cached, unless a
+    limit is at risk everywhere else. None of those that cannot be quicker than the best of the others, if that harms nobody."""
     best = min(others, key=itemgetter(0), default=None)
     computing_s = decode.cost.prefill_token_s * straight.new
     if best is None or best.rank[0]:
         worth = np.ones(len(decode), np.bool_)
     else:
-        worth = (computing_s <= straight.handing_over_s()) | (2 * straight.new <= straight.tokens)
-        worth &= (straight.new < best.computes()) | (best.candidate().queue_s > 0)
-    may = decode.waiting_tokens == 0
-    may &= np.where(decode.running <= decode.coming, worth, computing_s <= decode.gap_now_s)
+        worth = (computing_s <= straight.handing_over_s()) | (straight.new <= HALF * straight.tokens)
+        worth &= (straight.new < np.float64(best.computes())) | (best.candidate().queue_s > 0)
+    may = np.where(decode.running <= decode.coming, worth, computing_s <= decode.gap_now_s)
     rows = rows[may[rows]]
     if rows.size and best is not None and not best.rank[0]:
         rows = rows[straight.at_best_s()[rows] <= best.rank[2]]

@@ -80,9 +80,10 @@ class KeyRuns:
 
     def leading(self, keys: Keys) -> Values:
         """The values of the keys in front of the first one that is not here."""
-        runs, start = [np.zeros(0, np.uint32)], 0
+        runs: list[Values] = []
+        start = 0
         while start < keys.size:
-            place = self._table.one(int(keys[start]))
+            place = self._table.one(keys.item(start))
             if place == NOTHING:
                 break
             length = _alike(self._keys[place : place + keys.size - start], keys[start:])
@@ -95,7 +96,9 @@ class KeyRuns:
                 start += here
                 if here < places.size:
                     break
-        return np.concatenate(runs)
+        if len(runs) > 1:
+            return np.concatenate(runs)
+        return runs[0] if runs else np.zeros(0, np.uint32)
 
     def put(self, keys: Keys, values: Values, places: Places) -> None:
         """Sets the values; NOTHING removes. A key that comes twice has the same value twice. `places`: of `find`, just now."""

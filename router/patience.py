@@ -16,8 +16,6 @@ from router.policy import Candidate, Need, Nobody
 from router.pools import Mask, Pool, Rows
 from router.situation import Situation
 
-AHEAD_TOKENS = 1024
-"""Of prompts, left to compute where the next one is sent to: a step is filled up with the prompt behind."""
 CALM_S = 1e-3
 """Left to compute where a prompt may be sent that can keep no limit."""
 GAP_FILLED = 0.96
@@ -28,25 +26,28 @@ TOO_LATE = 1.15
 OUT_OF_TIME_S = 2e-3
 """Of a limit; whose limit has passed is said to have a millisecond left (`router.placing`)."""
 SOON_S = 2e-3
+_NOWHERE = np.zeros(0, dtype=np.bool_)
 LULL_S = 0.05
 """After how long to look again, at least; for a lull, which mostly comes when somebody ends."""
 
 
 def has_room(pool: Pool, need: Need) -> Mask:
     """Where there is less than a step of prompts left to compute."""
-    return np.asarray((pool.prefills == 0) | (pool.queue_s(need.now) <= pool.prefill_s(float(AHEAD_TOKENS))))
+    if not len(pool):
+        return _NOWHERE
+    return np.asarray((pool.prefills == 0) | (pool.queue_s(need.now) <= pool.ahead_s))
 
 
 def room_in_s(pools: list[tuple[Pool, Mask]], now: float) -> float:
     """Until one of the allowed workers has."""
-    left = [(pool.queue_s(now) - pool.prefill_s(float(AHEAD_TOKENS)))[may].min() for pool, may in pools if may.any()]
+    left = [(pool.queue_s(now) - pool.ahead_s)[may].min() for pool, may in pools if may.any()]
     soonest_s = float(min(left, default=LULL_S))
     return max(soonest_s, SOON_S) if math.isfinite(soonest_s) else LULL_S
 
 
-def is_late(best: Candidate, need: Need) -> bool:
-    """Whether its first token will come after its limit, wherever it goes."""
-    return need.slo.ttft_s is not None and best.ttft_s > max(TOO_LATE * need.slo.ttft_s, OUT_OF_TIME_S)
+def is_late(ttft_s: float, need: Need) -> bool:
+    """Whether its first token will come after its limit, when it comes so late at the best place."""
+    return need.slo.ttft_s is not None and ttft_s > max(TOO_LATE * need.slo.ttft_s, OUT_OF_TIME_S)
 
 
 def calm(prefill: Pool, rows: Rows, need: Need) -> Rows:
@@ -56,13 +57,13 @@ def calm(prefill: Pool, rows: Rows, need: Need) -> Rows:
     return rows[prefill.queue_s(need.now)[rows] <= CALM_S]
 
 
-def crowded(best: Ranked, need: Need) -> bool:
+def crowded(best: Ranked, candidate: Candidate, need: Need) -> bool:
     """Whether gaps would be over the limit where it goes, for it and for those who run there. A limit that nobody keeps even
     alone is none."""
     limits = [limit for limit in (need.slo.tbt_s, need.slo.tpot_s) if limit is not None]
     if not limits or not best.runs_beside():
         return False
-    candidate, limit_s = best.candidate(), min(limits)
+    limit_s = min(limits)
     return candidate.step_s > GAP_FILLED * limit_s and candidate.standard_gap_s <= limit_s
 
 

@@ -117,15 +117,15 @@ class PrefixIndex:
         if not numbers.size:
             return depths
         mask = slots.alive & self._sets[numbers[0]]
-        edges = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
+        edges = (numbers[1:] != numbers[:-1]).nonzero()[0] + 1
         for depth, number in zip(edges.tolist(), numbers[edges].tolist(), strict=True):
             kept = mask & self._sets[number]
             if kept != mask:
-                depths[_bits(mask ^ kept)] = depth
+                _reach(depths, mask, depth)
                 mask = kept
                 if not mask:
                     return depths
-        depths[_bits(mask)] = numbers.size
+        _reach(depths, mask, numbers.size)
         return depths
 
     # ---- inside ----------------------------------------------------------------------------------------------------
@@ -169,13 +169,22 @@ class PrefixIndex:
         self._sets_max = max(SETS_MAX, 2 * len(self._sets))
 
 
-def _bits(mask: int) -> list[int] | npt.NDArray[np.int64]:
+def _reach(depths: Depths, mask: int, depth: int) -> None:
+    """All nodes of the mask have so many blocks, at least: mostly they are all, and then few."""
+    if mask.bit_count() > FEW:
+        depths[_flags(mask, depths.size)] = depth
+        return
+    while mask:
+        slot = mask.bit_length() - 1
+        depths[slot] = depth
+        mask ^= 1 << slot
+
+
+def _bits(mask: int) -> npt.NDArray[np.int64]:
     """The places of the ones."""
-    if mask.bit_count() <= FEW:
-        places = []
-        while mask:
-            places.append(mask.bit_length() - 1)
-            mask ^= 1 << places[-1]
-        return places
-    packed = np.frombuffer(mask.to_bytes((mask.bit_length() + 7) // 8, "little"), dtype=np.uint8)
-    return np.flatnonzero(np.unpackbits(packed, bitorder="little"))
+    return _flags(mask, mask.bit_length()).nonzero()[0]
+
+
+def _flags(mask: int, count: int) -> npt.NDArray[np.bool_]:
+    packed = np.frombuffer(mask.to_bytes((count + 7) // 8, "little"), dtype=np.uint8)
+    return np.unpackbits(packed, count=count, bitorder="little").view(np.bool_)

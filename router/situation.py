@@ -109,6 +109,11 @@ class Situation:
                 getattr(self, pool).refresh(names)
 
     @cached_property
+    def costs_known(self) -> bool:
+        """Without any measured step, predictions rank places but say nothing of limits."""
+        return any(worker.step_cost is not None for worker in self.view.workers.values())
+
+    @cached_property
     def _typical(self) -> StepCost | None:
         return typical_cost(self.view.workers.values())
 

@@ -17,7 +17,6 @@ from router.early_rejection import (
     Departures,
     Hold,
     Refusal,
-    costs_known,
     first_token_limit_s,
     judge,
     quickest_s,
@@ -96,7 +95,7 @@ class WaitingRoom:
         if urgent or spec.request_id in self.queue:
             self.queue.add(Waiting(spec.request_id), urgent=True)
             return None
-        now, known = need.now, costs_known(situation)
+        now, known = need.now, situation.costs_known
         prefill_s, decode_s = quickest_s(situation, need)
         give_up_at = math.inf
         if self._rejects and spec.choice == 0:
@@ -126,7 +125,7 @@ class WaitingRoom:
         if isinstance(pair, Nobody) and pair.yields:
             self.queue.put_off(spec.request_id, now + pair.again_s)
         predicted = next((candidate for candidate in decision.candidates if candidate.pair == pair), None)
-        if not isinstance(pair, Pair) or predicted is None or spec.choice or not costs_known(situation):
+        if not isinstance(pair, Pair) or predicted is None or spec.choice or not situation.costs_known:
             return None
         by_request_s = relief_by_request_s(situation, pair)
 

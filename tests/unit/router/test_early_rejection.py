@@ -15,7 +15,7 @@ from core.cost_model import StepCost
 from core.errors import OverloadedError, QuotaExceededError
 from core.request import Slo
 from router.attempt import JourneySpec
-from router.early_rejection import Departures, Hold, Refusal, costs_known, judge, quickest_s, relief_by_request_s
+from router.early_rejection import Departures, Hold, Refusal, judge, quickest_s, relief_by_request_s
 from router.order import Waiting
 from router.policy import Candidate, Decision, Need, Nobody, Pair
 from router.waiting_room import WaitingRoom
@@ -109,8 +109,8 @@ def test_what_the_quickest_workers_need():
     assert quickest_s(situation(), need) == (0.0, 0.0)
     assert relief_by_request_s(here(running=4, context_tokens=400), PAIR) == pytest.approx(1e-3 + 1e-4)
     assert relief_by_request_s(here(), Pair(None, "gone")) == 0.0
-    assert costs_known(here())
-    assert not costs_known(situation(worker("p0", P), worker("d0", D)))
+    assert here().costs_known
+    assert not situation(worker("p0", P), worker("d0", D)).costs_known
 
 
 # ---- the room ----------------------------------------------------------------------------------------------------------

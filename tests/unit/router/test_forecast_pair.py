@@ -11,9 +11,10 @@ from core.cost_model import StepCost
 from core.request import Slo
 from router.block_index import BlockIndex
 from router.calibration import Calibration, Correction
-from router.forecast import Goal, Split, Whole
+from router.forecast import Split, Whole
 from router.forecast_pair import forecast
 from router.policy import Need, Pair
+from router.ranking import Goal
 from router.situation import Situation
 from router.view import NO_CLAIM, Claim, Claims
 
@@ -75,10 +76,11 @@ def stories(draw):
 @given(stories())
 def test_one_pair_is_predicted_as_in_columns(story):
     here, need = story
-    split = Split(here, here.prefill, here.decode, need, Goal.of(need)).best(ROW, ROW)[0]
+    goal = Goal.of(need)
+    split = Split(here, here.prefill, here.decode, need, goal).best(ROW, ROW, goal)[0]
     assert forecast(here, need, Pair("p0", "d0")) == split.candidate()
     for name, pool in (("d0", here.decode), ("c0", here.whole)):
-        whole = Whole(here, pool, need, Goal.of(need)).best(ROW)[0]
+        whole = Whole(here, pool, need, goal).best(ROW, goal)[0]
         assert forecast(here, need, Pair(None, name)) == whole.candidate()
 
 

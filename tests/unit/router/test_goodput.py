@@ -13,9 +13,11 @@ from test_policies import KEYS, PROMPT, C, D, P, situation, worker
 from core.cost_model import StepCost
 from core.request import Slo, WorkerRole
 from router.calibration import Calibration, Correction
-from router.forecast import ASKING_S, Goal, Split, Whole
+from router.forecast import Split, Whole
+from router.forecast_columns import ASKING_S
 from router.goodput import Goodput
 from router.policy import Decision, Need, Pair, window_open
+from router.ranking import Goal
 from router.view import ASSUMED_LINK, NO_CLAIM, Claim, Claims, WorkerView
 
 COST = StepCost(base_s=2e-3, prefill_token_s=1e-3, prefill_pair_s=0.0, decode_row_s=1e-3, decode_context_s=0.0)
@@ -160,12 +162,12 @@ def test_no_pair_is_better_than_the_one_that_was_found(prefills, decodes, ttft_s
     goal, open_rows = Goal.of(need), window_open(here.prefill, need.tokens).nonzero()[0]
     rows = np.arange(len(decodes))
     split, alone = Split(here, here.prefill, here.decode, need, goal), Whole(here, here.decode, need, goal)
-    pairs = [split.best(open_rows[p : p + 1], rows[d : d + 1])[0] for p in range(open_rows.size) for d in rows]
+    pairs = [split.best(open_rows[p : p + 1], rows[d : d + 1], goal)[0] for p in range(open_rows.size) for d in rows]
     if not pairs:
         return
     best, found = min(pairs, key=lambda one: one.rank), Goodput().decide(here, need).candidates[0]
     if found.pair.prefill is not None:
         assert found == best.candidate()
     else:
-        (quickest,) = [one for d in rows if (one := alone.best(rows[d : d + 1])[0]).candidate() == found]
+        (quickest,) = [one for d in rows if (one := alone.best(rows[d : d + 1], goal)[0]).candidate() == found]
         assert quickest.rank < best.rank

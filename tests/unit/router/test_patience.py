@@ -11,8 +11,9 @@ from test_policies import PROMPT, C, D, P, situation, worker
 
 from core.request import Slo
 from router.goodput import Goodput
-from router.patience import AHEAD_TOKENS, GAP_FILLED, LULL_S, SOON_S
+from router.patience import GAP_FILLED, LULL_S, SOON_S
 from router.policy import Decision, Need, Nobody, Pair
+from router.pools import AHEAD_TOKENS
 from router.view import NO_CLAIM, Claim, Claims
 
 
