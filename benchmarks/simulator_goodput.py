@@ -9,11 +9,14 @@ quick there, so 6 x and 2.25 x what a request alone takes, means over the excerp
 Claims (issue "The simulator and the planner")
 - `goodput`, its pools and chunks chosen among the shapes below (mixed ones among them), is at least equal to the best of all
   other policies over the same machines on every trace, and 1.1 x it in the geometric mean. They run on the shape that `goodput`
-  chose; without --quick also on the best one that only splits, and the better counts.
+  chose; without --quick and --medium also on the best one that only splits, and the better counts.
 - And 1.3 x colocated serving with chunked prefill (Sarathi) in the geometric mean, its chunk size chosen among as many.
 - With looser limits, 5 x either: stated.
 
-    python -m benchmarks.simulator_goodput [--quick] [--data DIR] [--json FILE] [--only NAME,NAME] [--plots DIR]
+With --medium (20 minutes for all traces) excerpts are short, shapes and chunks few, rates coarser. With --quick, a first look,
+ours has one shape, chunked prefill two chunk sizes, and the other policies are those that came nearest before.
+
+    python -m benchmarks.simulator_goodput [--quick | --medium] [--data DIR] [--json FILE] [--only NAME,NAME] [--plots DIR]
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ from sim.report_plots import grid
 OURS = "goodput"
 CHUNKED = "least_load"
 OTHERS = tuple(name for name in POLICIES if name != OURS)
+RIVALS = ("least_load", "conductor")
+"""The best other policy, or within 3 % of it, on every trace."""
 MACHINES = 4
 CHUNKS = {True: (128, 256, 512), False: (64, 128, 256, 512, 1024)}
 SHAPES = {
@@ -47,8 +52,29 @@ SHAPES = {
         *(Shape(*pools, mixed, chunk) for pools in ((2, 1, 1), (1, 1, 2)) for mixed in (128, 256) for chunk in (512, 2048)),
     ),
 }
-"""True: with --quick."""
+"""True: with --medium or --quick."""
+FIRST_LOOK, FIRST_CHUNKS = (Shape(2, 2, 0, 256),), (128, 256)
+"""With --quick."""
 LOOSE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What is tried. `halvings`: of the bracket between a rate that is met and one that is not."""
+
+    shapes: tuple[Shape, ...]
+    chunks: tuple[int, ...]
+    others: tuple[str, ...]
+    halvings: int
+    on_theirs: bool = True
+    """Ours also on the shape that is best for chunked prefill."""
+
+
+EFFORTS = {
+    "quick": Effort(FIRST_LOOK, FIRST_CHUNKS, RIVALS, 1, on_theirs=False),
+    "medium": Effort(SHAPES[True], CHUNKS[True], OTHERS, 2),
+    "whole": Effort(SHAPES[False], CHUNKS[False], OTHERS, 4),
+}
 
 
 @dataclass(slots=True)
@@ -111,30 +137,32 @@ def tasks_of(study: Study, shapes: Iterable[Shape], policies: Iterable[str], lik
     ]
 
 
-def studied(runner: Runner, workload: Workload, data: Path | None, quick: bool, slacks: tuple[float, float]) -> Study:
+def studied(
+    runner: Runner, workload: Workload, data: Path | None, quick: bool, effort: Effort, slacks: tuple[float, float]
+) -> Study:
     """Ours and colocated first, the other policies on what was best."""
     alone = unloaded(workload, data, quick)
     study = Study(workload, Limits(slacks[0] * alone[0], slacks[1] * alone[1], slacks[1] * alone[2]))
-    halvings = 2 if quick else 4
     guess = first_guess(workload, alone, data, quick)
-    like = Task(workload, Shape(0, 0, MACHINES, 0), OURS, study.limits, data, quick, guess, halvings)
-    wholes = [Shape(0, 0, MACHINES, chunk) for chunk in CHUNKS[quick]]
-    tried = tasks_of(study, SHAPES[quick], [OURS], like) + tasks_of(study, wholes, [CHUNKED], like)
+    like = Task(workload, Shape(0, 0, MACHINES, 0), OURS, study.limits, data, quick, guess, effort.halvings)
+    wholes = [Shape(0, 0, MACHINES, chunk) for chunk in effort.chunks]
+    tried = tasks_of(study, effort.shapes, [OURS], like) + tasks_of(study, wholes, [CHUNKED], like)
     for one in runner.run("shapes", tried):
         (study.ours if one.task.policy == OURS else study.chunked).append(one)
     like = replace(like, guess_rps=best(study.chunked).rate_rps or guess)
-    study.ours += runner.run("shapes", tasks_of(study, [best(study.chunked).task.shape], [OURS], like))
+    if effort.on_theirs:
+        study.ours += runner.run("shapes", tasks_of(study, [best(study.chunked).task.shape], [OURS], like))
     return study
 
 
-def against_policies(runner: Runner, study: Study) -> None:
+def against_policies(runner: Runner, study: Study, others: Iterable[str]) -> None:
     ours = best(study.ours)
     shapes = [ours.task.shape]
     if not ours.task.quick:
         split = best(one for one in study.ours if not one.task.shape.colocated).task.shape
         shapes += [split] if split not in shapes else []
     like = replace(ours.task, guess_rps=ours.rate_rps or ours.task.guess_rps)
-    for one in runner.run("policies", tasks_of(study, shapes, OTHERS, like)):
+    for one in runner.run("policies", tasks_of(study, shapes, others, like)):
         study.others.setdefault(one.task.policy, []).append(one)
 
 
@@ -177,8 +205,8 @@ def means(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def loose_rows(runner: Runner, workload: Workload, data: Path | None, quick: bool) -> list[Row]:
-    study = studied(runner, workload, data, quick, (LOOSE, LOOSE))
+def loose_rows(runner: Runner, workload: Workload, data: Path | None, quick: bool, effort: Effort) -> list[Row]:
+    study = studied(runner, workload, data, quick, effort, (LOOSE, LOOSE))
     ours, chunked = best(study.ours), best(study.chunked)
     plain = compared(study, ours, chunked, "colocated", "tuned chunked prefill", None, str(chunked.task.shape))[0]
     claim = f"{plain.claim}, limits {LOOSE:g} x either"
@@ -206,25 +234,28 @@ def draw(study: Study, folder: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", help="which workloads, separated by commas")
-    parser.add_argument("--loose", action="store_true", help="also with limits of 5 x (without --quick always)")
+    parser.add_argument("--medium", action="store_true", help="short excerpts, every policy: 20 minutes for all traces")
+    parser.add_argument("--loose", action="store_true", help="also with limits of 5 x, as without --quick and --medium")
     parser.add_argument("--plots", type=Path, help="a folder for pictures of attainment against rate")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     workloads = WORKLOADS if options.data else (COPIED_WORKLOAD,)
     wanted = set(options.only.split(",")) if options.only else {one.name for one in workloads}
+    effort = EFFORTS["quick" if options.quick else "medium" if options.medium else "whole"]
+    short = options.quick or options.medium
     rows: list[Row] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         runner = Runner(pool)
         for workload in workloads:
             if workload.name not in wanted:
                 continue
-            recorded = rate_of(excerpt(workload, options.data, options.quick))
+            recorded = rate_of(excerpt(workload, options.data, short))
             say(f"{workload.title}: recorded at {recorded:.3g}/s")
-            study = studied(runner, workload, options.data, options.quick, (TTFT_SLACK, TBT_SLACK))
-            against_policies(runner, study)
+            study = studied(runner, workload, options.data, short, effort, (TTFT_SLACK, TBT_SLACK))
+            against_policies(runner, study, effort.others)
             rows += rows_of(study)
-            if options.loose or not options.quick:
-                rows += loose_rows(runner, workload, options.data, options.quick)
+            if options.loose or not short:
+                rows += loose_rows(runner, workload, options.data, short, effort)
             if options.plots:
                 draw(study, options.plots)
     report([*rows, *means(rows)], options.json)
