@@ -156,6 +156,9 @@ class RouterConfig(_Branch):
     policy: str = "goodput"
     cost_model: str = ""
     """A file of `tandem profile`: what steps are believed to cost until workers have learned it."""
+    hold_first_token: bool = True
+    """The first token of a request that was handed over waits for the second, where the gap between them is predicted to use up
+    half of the limit of gaps and there is time left until the limit of the first token."""
     stale_after_s: float = Field(3.0, gt=0)
     """A report older than this counts as one of a worker no less loaded than the others."""
     max_queue: int = Field(1024, ge=0)

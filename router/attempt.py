@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from core.request import AttemptKey, Slo, WorkItem
+from router.tokenlog import TokenLog
 from tandem.sampling import SamplingParams
 
 NO_LIMITS = Slo()
@@ -79,14 +80,19 @@ class JourneySpec:
 
 
 class Attempt:
-    """One placement. `legs` are the workers on which it may still run or hold something."""
+    """One placement. `legs` are the workers on which it may still run or hold something; `hold_until`: see `events.Placed`."""
 
-    __slots__ = ("base", "decode", "item", "key", "legs", "prefill")
+    __slots__ = ("base", "decode", "hold_until", "item", "key", "legs", "prefill")
 
-    def __init__(self, item: WorkItem, prefill: str | None, decode: str) -> None:
+    def __init__(self, item: WorkItem, prefill: str | None, decode: str, hold_until: float | None = None) -> None:
         self.key = item.key
         self.item = item
         self.base = item.position
         self.prefill = prefill
         self.decode = decode
+        self.hold_until = hold_until
         self.legs: set[str] = set()
+
+    def keeps(self, now: float, log: TokenLog) -> bool:
+        """The first token, just taken, waits for the second."""
+        return self.hold_until is not None and now < self.hold_until and len(log) == 1 and log.finished is None

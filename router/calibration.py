@@ -57,14 +57,14 @@ class Calibration:
         """A request ended where it had been placed by this candidate, `at_s` after its arrival. `standard_gaps`: how many
         standard gaps one should take with those who decoded beside it; None: as many as was predicted."""
         first, decode = chosen.pair.prefill or chosen.pair.decode, chosen.pair.decode
-        if facts.first_token_at is not None and facts.prefill.prefill_s > 0:
-            whole_s = facts.first_token_at - facts.arrived_at - at_s
+        if facts.first_ready_at is not None and facts.prefill.prefill_s > 0:
+            whole_s = facts.first_ready_at - facts.arrived_at - at_s
             late_s = max(whole_s - facts.prefill.queue_s - facts.prefill.prefill_s, 0.0)
             overhead_s = self._add(first, "overhead_s", late_s, QUARTILE)
             if chosen.queue_s + chosen.prefill_s > MEASURABLE_S:
                 computing_s = max(whole_s - overhead_s, facts.prefill.prefill_s)
                 self._add(first, "chunk_s", computing_s / (chosen.queue_s + chosen.prefill_s) * chosen.standard_chunk_s)
-        if facts.first_token_at is None or facts.second_token_at is None or facts.last_token_at is None or facts.num_tokens < 3:
+        if facts.first_ready_at is None or facts.second_token_at is None or facts.last_token_at is None or facts.num_tokens < 3:
             return
         gap_s = (facts.last_token_at - facts.second_token_at) / (facts.num_tokens - 2)
         if standard_gaps is None and chosen.standard_gap_s > 0:
@@ -72,7 +72,7 @@ class Calibration:
         if gap_s > 0 and chosen.step_s > MEASURABLE_S and standard_gaps:
             self._add(decode, "gap_s", gap_s / standard_gaps)
         if chosen.pair.prefill is not None:
-            late_s = facts.second_token_at - facts.first_token_at - gap_s - facts.decode.transfer_exposed_s
+            late_s = facts.second_token_at - facts.first_ready_at - gap_s - facts.decode.transfer_exposed_s
             self._add(decode, "join_s", max(late_s, 0.0))
 
     def _add(self, worker: str, name: str, value: float, share: float = MEDIAN) -> float:

@@ -11,6 +11,8 @@ class Deadlines:
         self.end = now + limits.request_timeout_s
         self.answer: float | None = None
         """None: nothing is waited for that is answered soon."""
+        self.held: float | None = None
+        """Until when the first token is kept."""
         self._limits = limits
         self._place = 0.0
         self.seek(now)
@@ -22,7 +24,8 @@ class Deadlines:
     def wake_at(self, *, queued: bool) -> float:
         """The first of those that count."""
         soonest = self._place if queued else self.answer
-        return self.end if soonest is None else min(self.end, soonest)
+        found = self.end if soonest is None else min(self.end, soonest)
+        return found if self.held is None else min(found, self.held)
 
     def missed(self, now: float, *, queued: bool, why_waiting: str, busy: bool) -> TandemError | None:
         """What the user is told when it may go on no longer. `busy`: waiting might have helped."""

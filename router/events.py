@@ -27,6 +27,8 @@ class Placed:
 
     prefill: str | None
     decode: str
+    hold_until: float | None = None
+    """The first token may be kept until then, so that the second one follows it closely."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,7 @@ def _candidate(candidate: Candidate) -> pb.Candidate:
         overhead_s=candidate.overhead_s,
         queue_s=candidate.queue_s,
         prefill_s=candidate.prefill_s,
+        held_s=candidate.held_s,
         transfer_s=candidate.transfer_s,
         gap_s=candidate.gap_s,
         tpot_s=candidate.tpot_s,

@@ -27,6 +27,7 @@ class Facts:
     prefill: AttemptTiming = field(default_factory=AttemptTiming)
     decode: AttemptTiming = field(default_factory=AttemptTiming)
     second_token_at: float | None = None
+    held_since: float | None = None  # the first token was here, and kept (`router.pacing`)
     decoding_since: Mark | None = None
 
     def placed(self, prefill: str, decode: str) -> None:
@@ -53,9 +54,17 @@ class Facts:
     def joined(self, timing: AttemptTiming) -> None:
         self.decode = timing
 
+    @property
+    def first_ready_at(self) -> float | None:
+        """When the first token was here: the user may have been given it later."""
+        return self.first_token_at if self.held_since is None else self.held_since
+
     def tokens(self, now: float, count: int) -> None:
+        """They are given to the user."""
         if self.first_token_at is None:
             self.first_token_at = now
+            if count > 1 and self.held_since is not None:
+                self.second_token_at = now
         elif self.second_token_at is None:
             self.second_token_at = now
         self.last_token_at = now
@@ -80,7 +89,7 @@ class Facts:
 
     def _first_decode_s(self) -> float:
         """Of the gap between the first two tokens, what the hand-off did not take."""
-        if self.first_token_at is None or self.second_token_at is None:
+        if self.first_ready_at is None or self.second_token_at is None:
             return 0.0
-        gap_s = self.second_token_at - self.first_token_at
+        gap_s = self.second_token_at - self.first_ready_at
         return max(gap_s - self.decode.transfer_exposed_s - self.decode.handoff_wait_s, 0.0)

@@ -18,7 +18,7 @@ from enum import Enum, auto
 from typing import Any, ClassVar
 
 from core.errors import OutOfBlocksError, OverloadedError, TandemError, TransferError, UnavailableError
-from core.request import AttemptKey, FinishReason
+from core.request import AttemptKey, FinishReason, TokenEvent
 from router import events as ev
 from router.attempt import Attempt, JourneySpec, Limits
 from router.deadlines import Deadlines
@@ -56,6 +56,7 @@ class Journey:
         self._doubted = False  # a worker that computes it all may still say no
         self._why_waiting = "no worker is connected"
         self._busy = True
+        self._held: tuple[TokenEvent, ...] = ()
 
     # ---- what a driver reads ---------------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ class Journey:
         attempt = self._attempt
         if attempt is None or attempt.key.attempt != event.attempt or event.worker not in attempt.legs or self._doubted:
             return False
-        if self._first_token_missing(attempt) or not self.log.run_on(event.tokens):
+        if self._held or self._first_token_missing(attempt) or not self.log.run_on(event.tokens):
             return False
         self.facts.tokens(now, len(event.tokens))
         return True
@@ -101,7 +102,7 @@ class Journey:
             return
         item = self.spec.item(self.next_attempt, tuple(self.log.ids), self._deadlines.end - now)
         self.next_attempt += 1
-        self._attempt = attempt = Attempt(item, event.prefill, event.decode)
+        self._attempt = attempt = Attempt(item, event.prefill, event.decode, event.hold_until)
         attempt.legs.add(event.decode)
         self.facts.placed(event.prefill or event.decode, event.decode)
         if event.prefill is None:
@@ -168,8 +169,10 @@ class Journey:
             self.claim = Claim(None, 0, attempt.decode, len(attempt.item.token_ids))  # the prompt is computed
         accepted, gap = self.log.accept(event.tokens, hold=first and attempt.prefill is not None)
         if accepted:
-            self.facts.tokens(now, len(accepted))
-            out.append(ev.Deliver(accepted))
+            if attempt.keeps(now, self.log):
+                self._held, self._deadlines.held, self.facts.held_since = accepted, attempt.hold_until, now
+            else:
+                self._give(now, accepted, out)
             if self.log.finished is not None:
                 self._on_last_token(now, event, attempt, out)
                 return
@@ -180,6 +183,14 @@ class Journey:
             self._lose(now, event.worker, f"tokens are missing before position {event.tokens[-1].position}", out)
         elif self.log.waits_for_earlier and self._deadlines.answer is None:
             self._deadlines.answer = now + self._limits.answer_timeout_s
+
+    def _give(self, now: float, tokens: tuple[TokenEvent, ...], out: list[Command]) -> None:
+        """To the user, behind the first one where it was kept."""
+        tokens = self._held + tokens
+        self._held, self._deadlines.held = (), None
+        if tokens:
+            self.facts.tokens(now, len(tokens))
+            out.append(ev.Deliver(tokens))
 
     def _on_last_token(self, now: float, event: ev.Tokens, attempt: Attempt, out: list[Command]) -> None:
         if event.worker == attempt.decode and event.tokens[-1].finish_reason is not None:
@@ -253,7 +264,10 @@ class Journey:
         error = self._deadlines.missed(now, queued=queued, why_waiting=self._why_waiting, busy=self._busy)
         if error is not None:
             self._finish(now, out, error=error)
-        elif queued:
+            return
+        if self._deadlines.held is not None and now >= self._deadlines.held:
+            self._give(now, (), out)
+        if queued:
             if now >= self._shunned.retry_at:
                 self._ask_for_place(now, out)
         elif self._deadlines.unanswered(now):
@@ -268,7 +282,8 @@ class Journey:
         mine = self._attempt
         return mine if mine is not None and mine.key.attempt == attempt else None
 
-    def _leave_attempt(self, out: list[Command]) -> None:
+    def _leave_attempt(self, now: float, out: list[Command]) -> None:
+        self._give(now, (), out)
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             out += (ev.SendCancel(worker, attempt.key) for worker in sorted(attempt.legs))
@@ -281,7 +296,7 @@ class Journey:
         """It has no room."""
         self._shunned.refused(worker)
         self._why_waiting = why
-        self._leave_attempt(out)
+        self._leave_attempt(now, out)
         self._ask_for_place(now, out)
 
     def _lose(
@@ -291,7 +306,7 @@ class Journey:
 
         A shortage does not count against `max_attempts`, and one met before anything was computed is no failover either.
         """
-        self._leave_attempt(out)
+        self._leave_attempt(now, out)
         self.facts.failovers += failover
         if not failover:
             self.facts.turned_down()
@@ -308,7 +323,7 @@ class Journey:
     def _finish(
         self, now: float, out: list[Command], *, reason: FinishReason | None = None, error: TandemError | None = None
     ) -> None:
-        self._leave_attempt(out)
+        self._leave_attempt(now, out)
         self.state = State.DONE
         self.facts.finished_at = now
         out.append(ev.Finish(reason, error))

@@ -94,7 +94,14 @@ class Router:
         self._grace_s = spec.config.cluster.grace_s
         self._stats = stats = RouterStats()
         fetches = spec.config.store.fetch and spec.config.engine.prefix_cache
-        placer = Placer(make_policy(config.policy), config.stale_after_s, random.Random(), config.index_blocks_max, fetches)
+        placer = Placer(
+            make_policy(config.policy),
+            config.stale_after_s,
+            random.Random(),
+            config.index_blocks_max,
+            fetches,
+            config.hold_first_token,
+        )
         self.dispatcher = Dispatcher(placer, limits_from(spec.config), WaitingRoom(config), clock)
         self._exchange = Exchange(self.dispatcher.room, totals, clock) if totals is not None else None
         self._watch = Watch(spec.controller, spec.worker_id, self._follow)

@@ -21,6 +21,7 @@ from router.journey import Journey
 from router.kv_events import KvEvents
 from router.lengths import Lengths
 from router.occupancy import Occupancy
+from router.pacing import paced
 from router.policies import name_of
 from router.policy import Decision, Need, Pair, Policy
 from router.prediction import PredictionErrors
@@ -34,7 +35,8 @@ INDEX_BLOCKS_MAX = 1_000_000
 
 class Placer:
     """Belongs to one dispatcher. `stale_after_s`: older reports are discounted. `draws`: for policies that draw lots.
-    `fetches`: whether workers fetch blocks from each other (`store.fetch`).
+    `fetches`: whether workers fetch blocks from each other (`store.fetch`). `holds`: whether first tokens may wait for the
+    second (`router.hold_first_token`).
 
     The index is there for a policy that looks at it. It is fed by what nodes say of their blocks (`events`), and by the
     router's own placements until they do: whoever computes a prompt will have its blocks.
@@ -47,6 +49,7 @@ class Placer:
         draws: random.Random,
         index_blocks_max: int = INDEX_BLOCKS_MAX,
         fetches: bool = True,
+        holds: bool = True,
     ) -> None:
         self.claims = Claims()
         self.index = BlockIndex(index_blocks_max) if policy.wants_keys and index_blocks_max else None
@@ -60,6 +63,7 @@ class Placer:
         self._stale_after_s = stale_after_s
         self._draws = draws
         self._fetches = fetches
+        self._holds = holds
         self._lengths = Lengths()
         self._then: Mapping[str, Held] = {}
         self._reports: dict[str, tuple[int, int]] = {}
@@ -106,6 +110,8 @@ class Placer:
         if isinstance(decision.place, Pair) and not decision.candidates:
             candidate = forecast(situation, need, decision.place)
             decision = replace(decision, candidates=(candidate,) if candidate is not None else ())
+        if self._holds:
+            decision = paced(need, decision)
         about = _about(journey.spec, self._policy_name, need)
         kept = self.decisions.decided(about, need.now - journey.facts.arrived_at, decision)
         if log.isEnabledFor(logging.DEBUG):

@@ -65,8 +65,8 @@ class Candidate(NamedTuple):
     """A placement that was looked at, and what was predicted of it.
 
     `ttft_s` from the decision to the first token: `overhead_s` of router and sessions, `queue_s` behind other prompts,
-    `prefill_s` of its own. `gap_s` is comparable with a TBT limit, `tpot_s` with one of mean gaps; `transfer_s` is what the
-    hand-off adds to the first gap.
+    `prefill_s` of its own, `held_s` until the second token is there (`router.pacing`). `gap_s` is comparable with a TBT limit,
+    `tpot_s` with one of mean gaps; `transfer_s` is what the hand-off adds to the first gap.
     """
 
     pair: Pair
@@ -84,15 +84,18 @@ class Candidate(NamedTuple):
     standard_chunk_s: float = 0.0
     standard_gap_s: float = 0.0
     """What was believed of these two workers: see `router.calibration.Correction`."""
+    held_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`candidates`: the best ones first, from policies that predict. `reason`: why this place, for who asks later."""
+    """`candidates`: the best ones first, from policies that predict. `reason`: why this place, for who asks later.
+    `hold_until`: the first token may be kept until then (`router.pacing`)."""
 
     place: Pair | Nobody
     candidates: tuple[Candidate, ...] = ()
     reason: str = ""
+    hold_until: float | None = None
 
 
 class Policy(Protocol):

@@ -70,7 +70,7 @@ class Pump:
         if live.asked_at is None:
             live.asked_at = self._changes
         self._room.expect(journey.spec, decision, need)
-        return ev.Placed(choice.prefill, choice.decode)
+        return ev.Placed(choice.prefill, choice.decode, decision.hold_until)
 
     def line_up(self, live: Live, situation: Situation) -> Refusal | None:
         """Puts it behind others, without asking for a place; or refuses it, because its turn would come too late."""

@@ -38,8 +38,21 @@ class Request:
         times, way_s = self.times, self.users.way_s
         if self.users.checks is not None:
             self.users.checks(self, tokens)
+        begun = len(times)
         for token in tokens:
             times.append((token.logprob or 0.0) + way_s)
+        if begun < 2:
+            self._held(begun)
+
+    def _held(self, begun: int) -> None:
+        """A first token that was kept came with the second, or when it could be kept no longer."""
+        facts, times = self.journey.facts if self.journey is not None else None, self.times
+        if facts is None or facts.held_since is None:
+            return
+        if not begun:
+            times[0] = facts.first_token_at or times[0]
+        if len(times) > 1:
+            times[0] = min(times[0], times[1])
 
     def finish(self, reason: FinishReason | None, error: TandemError | None) -> None:
         self.ends += 1
@@ -109,15 +122,18 @@ class Users:
 
     def mistake(self, request: Request, tokens: tuple[TokenEvent, ...]) -> str:
         """What is wrong with these tokens at this moment of the request; empty when nothing is."""
-        have = len(request.times)
+        have, times = len(request.times), request.times
+        before_s = times[-1] if times else request.arrived_at
+        if have == 1 and request.journey is not None and request.journey.facts.held_since is not None:
+            before_s = request.arrived_at  # the first one was kept while this one was on its way
         for place, token in enumerate(tokens, have):
             if token.position != place:
                 return f"token {token.position} of {request.name} was delivered where {place} was due"
             ends = place == request.content.output_tokens - 1
             if token.token_id != 1 and token.token_id not in (STOP_ID, request.content.token(place)):
                 return f"token {place} of {request.name} is another one than it must be"
-            if (token.logprob or 0.0) + self.way_s < (request.times[-1] if request.times else request.arrived_at) - 1e-9:
-                return f"token {place} of {request.name} came before the one before it ({token.logprob}, {request.times[-1:]})"
+            if (token.logprob or 0.0) + self.way_s < before_s - 1e-9:
+                return f"token {place} of {request.name} came before the one before it ({token.logprob}, {before_s})"
             if place >= request.content.output_tokens or (token.token_id == STOP_ID and not ends):
                 return f"{request.name} went on after its last token, or ended before it"
         return ""

@@ -56,6 +56,7 @@ class SimRouter:
             streams.stream(f"draws of {name}"),
             config.index_blocks_max,
             site.config.store.fetch,
+            config.hold_first_token,
         )
         self.room = WaitingRoom(config)
         limits = Limits(config.queue_timeout_s, config.request_timeout_s, config.max_attempts)

@@ -35,6 +35,7 @@ def _candidate(message: inference.Candidate) -> Candidate:
         overhead_s=message.overhead_s,
         queue_s=message.queue_s,
         prefill_s=message.prefill_s,
+        held_s=message.held_s,
         transfer_s=message.transfer_s,
         gap_s=message.gap_s,
         tpot_s=message.tpot_s,

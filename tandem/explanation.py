@@ -11,7 +11,8 @@ from tandem.results import Placement, Timing
 class Candidate:
     """A placement that was looked at and what was predicted of it, from the moment of the decision.
 
-    `ttft_s` is the sum of `overhead_s`, `queue_s` and `prefill_s`; `gap_s` compares with a TBT limit, `tpot_s` with one of mean
+    `ttft_s` is the sum of `overhead_s`, `queue_s`, `prefill_s` and `held_s`, for which the first token is kept until the second
+    is there; `gap_s` compares with a TBT limit, `tpot_s` with one of mean
     gaps; `transfer_s` is what the hand-off adds to the first gap. The lowest `score` won.
     """
 
@@ -25,6 +26,7 @@ class Candidate:
     tpot_s: float
     score: float
     reason: str
+    held_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,7 @@ class ExplainRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class Candidate(_message.Message):
-    __slots__ = ("placement", "ttft_s", "overhead_s", "queue_s", "prefill_s", "transfer_s", "gap_s", "tpot_s", "score", "reason")
+    __slots__ = ("placement", "ttft_s", "overhead_s", "queue_s", "prefill_s", "transfer_s", "gap_s", "tpot_s", "score", "reason", "held_s")
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     OVERHEAD_S_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,7 @@ class Candidate(_message.Message):
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    HELD_S_FIELD_NUMBER: _ClassVar[int]
     placement: Placement
     ttft_s: float
     overhead_s: float
@@ -225,7 +226,8 @@ class Candidate(_message.Message):
     tpot_s: float
     score: float
     reason: str
-    def __init__(self, placement: _Optional[_Union[Placement, _Mapping]] = ..., ttft_s: _Optional[float] = ..., overhead_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., gap_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., score: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+    held_s: float
+    def __init__(self, placement: _Optional[_Union[Placement, _Mapping]] = ..., ttft_s: _Optional[float] = ..., overhead_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., gap_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., score: _Optional[float] = ..., reason: _Optional[str] = ..., held_s: _Optional[float] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("at_s", "placement", "reason", "candidates")

@@ -69,6 +69,19 @@ async def test_the_sdk_explains_a_request_that_ended():
         await anyio.to_thread.run_sync(blocking)
 
 
+async def test_a_first_token_that_waited_for_the_second_is_explained():
+    async with rig(step_s=0.01) as r, doors(r) as (address, _), AsyncClient(address) as client:
+        given = await client.generate(list(PROMPT), PARAMS, request_id="given", ttft_slo_s=20.0)
+        kept = await client.generate(list(PROMPT), PARAMS, request_id="kept", ttft_slo_s=20.0, tbt_slo_s=0.001)
+        assert kept.token_ids == given.token_ids
+        chosen, timing = (await client.explain("kept")).decisions[-1].candidates[0], kept.timing
+        assert chosen.held_s > 0
+        assert chosen.ttft_s == pytest.approx(chosen.overhead_s + chosen.queue_s + chosen.prefill_s + chosen.held_s)
+        assert timing.first_decode_s > 0
+        assert timing.ttft_s >= timing.prefill_s + timing.first_decode_s
+        assert (await client.explain("given")).decisions[-1].candidates[0].held_s == 0
+
+
 async def test_other_choices_and_what_still_runs_are_explained_too():
     async with rig(step_s=0.002) as r, doors(r) as (address, _), AsyncClient(address) as client:
         params = SamplingParams(max_tokens=400, seed=7, ignore_eos=True, n=2)

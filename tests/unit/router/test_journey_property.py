@@ -102,8 +102,8 @@ class Machine(RuleBasedStateMachine):
     # ---- placing
 
     @precondition(lambda self: self.asked is not None)
-    @rule(choice=st.integers(0, 5), whole=st.booleans())
-    def answer_place(self, choice: int, whole: bool) -> None:
+    @rule(choice=st.integers(0, 5), whole=st.booleans(), held_s=st.none() | st.floats(0, 10))
+    def answer_place(self, choice: int, whole: bool, held_s: float | None) -> None:
         avoid, self.asked = self.asked, None
         assert avoid is not None
         prefills = [w for w in PREFILLS if w in self.alive - avoid]
@@ -112,7 +112,9 @@ class Machine(RuleBasedStateMachine):
         if whole and wholes:
             self.feed(ev.Placed(None, wholes[0]))
         elif prefills and decodes:
-            self.feed(ev.Placed(prefills[choice % len(prefills)], decodes[choice % len(decodes)]))
+            hold_until = None if held_s is None else self.now + held_s
+            self.held_until = self.now if hold_until is None else hold_until
+            self.feed(ev.Placed(prefills[choice % len(prefills)], decodes[choice % len(decodes)], hold_until))
         else:
             self.feed(ev.NoPlace("nobody"))
 
@@ -223,6 +225,12 @@ class Machine(RuleBasedStateMachine):
         for _ in range(len(getattr(self, "delivered", ()))):
             tokens.append(token_after((*PROMPT, *tokens)))
         assert tokens == getattr(self, "delivered", [])
+
+    @invariant()
+    def what_was_sampled_is_delivered_but_for_a_first_token_that_is_kept(self) -> None:
+        if hasattr(self, "journey"):
+            kept = len(self.journey.log) - len(self.delivered)
+            assert kept == 0 or (kept == 1 and not self.delivered and self.journey.wake_at <= self.held_until)
 
     @invariant()
     def the_end_comes_once(self) -> None:
