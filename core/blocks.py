@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -26,14 +28,17 @@ def block_keys(root: BlockKey, token_ids: Sequence[int], block_size: int, parent
 
     Cryptographic, because a collision would hand one tenant another's cache. `root` is the key of the block before
     `token_ids[parent_blocks * block_size]`, so a caller that already knows a prefix passes its last key.
+    Raises OverflowError for ids that are not 32 bits wide, TypeError for what is no whole number.
     """
-    keys: list[BlockKey] = []
+    first, last = parent_blocks * block_size, len(token_ids) // block_size * block_size
+    if first >= last:
+        return []
+    packed = array("I", token_ids[first:last])  # all at once: block by block it takes three times as long
+    if sys.byteorder == "big":
+        packed.byteswap()
     parent = root
-    pack = struct.Struct(f"<{block_size}I").pack
-    for start in range(parent_blocks * block_size, len(token_ids) - block_size + 1, block_size):
-        parent = sha256(parent + pack(*token_ids[start : start + block_size])).digest()[:KEY_BYTES]
-        keys.append(parent)
-    return keys
+    blocks = struct.iter_unpack(f"{block_size * packed.itemsize}s", packed)
+    return [parent := sha256(parent + block).digest()[:KEY_BYTES] for (block,) in blocks]
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

@@ -1,5 +1,6 @@
 """Block keys chain, separate tenants and models, and depend on nothing but what they name."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,20 @@ def test_roots_differ_by_model_tenant_and_codec():
 def test_a_changed_token_changes_every_later_key():
     one, two = block_keys(root_key(b"m"), range(64), 16), block_keys(root_key(b"m"), [9, *range(1, 64)], 16)
     assert not set(one) & set(two)
+
+
+def test_keys_stay_what_they_are():
+    """Disks and other releases know blocks by them."""
+    keys = block_keys(root_key(b"m"), [*range(31), 2**32 - 1], 16)
+    assert [key.hex() for key in keys] == ["f372a9f4fb1a23599491ff11053ee824", "09d7a67575bdc000c975b8d987e02e28"]
+
+
+@pytest.mark.parametrize(
+    ("token_id", "error"), [(-1, OverflowError), (2**32, OverflowError), (1.5, TypeError), ("7", TypeError)]
+)
+def test_what_is_no_token_id_has_no_key(token_id, error):
+    with pytest.raises(error):
+        block_keys(root_key(b"m"), [*range(15), token_id], 16)
 
 
 def test_layout_counts_bytes_and_names_the_difference():
