@@ -66,20 +66,9 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"limits met, by offered rate {_limits(self._slo)}", title_justify="left")
-        for name in (
-            "requests/s",
-            "all limits",
-            "TTFT",
-            "TBT",
-            "by mean TPOT",
-            "goodput/s",
-            "TTFT p50",
-            "p99",
-            "TBT p50",
-            "p99",
-        ):
-            table.add_column(name, justify="right")
+        table = Table(title=f"requests within {_limits(self._slo) or 'no limits'}; ms", title_justify="left")
+        for name in ("rate /s", "all limits", "TTFT", "TBT", "mean TPOT", "good /s", "TTFT p50", "p99", "TBT p50", "p99"):
+            table.add_column(name, justify="right", min_width=max(map(len, name.split())))
         for report, _ in self._runs:
             met = report["attainment"]
             shares = [f"{met[name]:.0%}" for name in ("joint", "ttft", "tbt", "joint_mean")]

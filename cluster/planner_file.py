@@ -98,8 +98,10 @@ def read_offers(path: str) -> tuple[list[Offer], list[str]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is neither YAML nor JSON: {error}") from None
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
-        raise ConfigError(f"{path} does not describe GPUs:\n" + "\n".join(lines)) from None
+        raise ConfigError(f"{path} does not describe GPUs:\n" + "\n".join(_faults(error))) from None
+    for gpu in found.gpus:
+        if gpu.profile is None and found.model.config:
+            gpu_named(gpu.name)  # a misspelt one is no layout that does not fit
     offers: list[Offer] = []
     refused: list[str] = []
     for gpu in found.gpus:
@@ -111,6 +113,15 @@ def read_offers(path: str) -> tuple[list[Offer], list[str]]:
     if not offers:
         raise ConfigError(f"nothing in {path} can serve the model:\n" + "\n".join(f"  {line}" for line in refused))
     return offers, refused
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """A line each. Of a list with faulty entries pydantic also says that it is too short: that is not the user's fault."""
+    found = error.errors()
+    deepest = [e for e in found if not any(other["loc"][: len(e["loc"])] == e["loc"] != other["loc"] for other in found)]
+    unknown = "unknown key; remove it or check its spelling"
+    what = [unknown if e["type"] == "extra_forbidden" else f"{e['msg']} (got {e['input']!r})" for e in deepest]
+    return [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {text}" for e, text in zip(deepest, what, strict=True)]
 
 
 def _offer(gpu: GpuEntry, layout: Layout, model: ModelEntry, beside: Path) -> Offer:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 INK, GRID, FAINT = "#1f2933", "#e4e7eb", "#7b8794"
 COLOURS = {"prefill": "#c2410c", "decode": "#1d4ed8", "colocated": "#15803d"}
+WIDTHS = (3.4, 2.0, 1.0)
 SHARE = 0.9
 
 
@@ -55,8 +56,8 @@ def timelines(timeline: Timeline) -> Figure:
         (lambda pool: pool.kv_used, "KV memory in use", True),
     )
     for axes, (value, title, share) in zip(others, wanted, strict=True):
-        for role in timeline.roles():
-            axes.plot(*zip(*timeline.of(role, value), strict=True), color=COLOURS[role], linewidth=1.5, label=role)
+        for width, role in zip(WIDTHS, timeline.roles(), strict=False):  # so that equal lines show all their colours
+            axes.plot(*zip(*timeline.of(role, value), strict=True), color=COLOURS[role], linewidth=width, label=role)
         _named(axes, title, share)
     others[0].legend(loc="upper right", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(1, 1.28))
     others[-1].set_xlabel("virtual time, seconds", color=INK)
@@ -107,7 +108,17 @@ def pareto(plans: Sequence[Plan], title: str) -> Figure:
         at = (plan.cost_usd_per_hour, plan.goodput_rps)
         axes.annotate(str(number), at, xytext=(-4, 6), textcoords="offset points", color=INK, fontsize=9, ha="right")
         axes.plot([], [], linestyle="none", label=f"{number}   {plan.label}")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, labelcolor=INK, handlelength=0)
+    axes.legend(
+        title="P prefill, D decode, C colocated; * spot",
+        title_fontsize=9,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=0,
+        alignment="left",
+    )
     _named(axes, title)
     axes.set_xlim(left=0)
     axes.margins(x=0.15, y=0.1)

@@ -23,6 +23,9 @@ class PoolSample:
     kv_used: float
 
 
+NOBODY = PoolSample(0, 0.0, 0.0, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """`ended` and `met`: requests since the beginning, and those of them within their limits of TTFT and TBT."""
@@ -59,7 +62,8 @@ class Timeline:
         return sorted({role for sample in self.samples for role in sample.pools}, key=("prefill", "decode", "colocated").index)
 
     def of(self, role: str, value: Callable[[PoolSample], float]) -> list[tuple[float, float]]:
-        return [(one.at_s, value(one.pools[role])) for one in self.samples if role in one.pools]
+        """Where nobody of that role lives, everything is zero."""
+        return [(one.at_s, value(one.pools.get(role, NOBODY))) for one in self.samples]
 
     def attainment(self, bins: int = 40) -> list[tuple[float, float]]:
         """(time, share within limits of the requests that ended in a bin); bins in which none did are left out."""

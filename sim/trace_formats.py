@@ -80,6 +80,8 @@ def recognise(path: str, first: str) -> Format:
 
 def _what_is_missing(header: list[str], first: str) -> str:
     plain = FIELDS[:3]
+    if not first.strip():
+        return f"its first line is empty; a plain one is {','.join(plain)}"
     missing = [name for name in plain if name not in header]
     if header and len(missing) < len(plain):
         return f"its first line has no column {' and no column '.join(missing)}"

@@ -127,6 +127,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([TANDEM, "bench", *arguments], capture_output=True, text=True, timeout=90)
 
 
+TRACE = str(Path(__file__).parents[1] / "sim" / "data" / "mooncake_conversation_300.jsonl.gz")
 SHAPE = {
     "requests", "completed", "rejected", "failed", "duration_s", "ttft_s", "tpot_s", "tbt_s", "itl_s", "e2e_s",
     "attainment", "goodput_rps", "goodput_mean_rps", "output_tokens_per_s",
@@ -160,6 +161,7 @@ def test_several_rates_give_a_report_each_and_a_picture(tmp_path: Path) -> None:
     assert [run["rate_rps"] for run in tree["runs"]] == [20.0, 40.0]
     assert all(set(run) >= SHAPE for run in tree["runs"])
     assert tree["rate_rps_at_90"] == 40.0
+    assert "…" not in done.stdout, "eighty columns are enough for the table"
     assert (tmp_path / "r.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert server.keys == {b"Bearer k1"}
     assert all(4 <= len(body["prompt"]) <= 9 and body["ttft_slo_s"] == 10 for body in server.bodies)
@@ -185,7 +187,7 @@ def test_a_tandem_cluster_is_told_of_the_limits_unless_not_wanted(tmp_path: Path
         (("--rate", "5", "--plot", "x.png"), "give several"),
         (("--plot", "x.png"), "give several"),
         (("--rate", "5", "--cv", "2"), "add --arrivals gamma"),
-        (("--rate", "5", "--trace", "t.csv"), "--rate or --trace"),
+        (("--rate", "5", "--trace", TRACE), "--rate or --trace"),
         (("--input-tokens", "9-1"), "--input-tokens must be"),
         (("--trace", "/nowhere.csv"), "cannot read the trace"),
         (("--json", "/nowhere/report.json"), "cannot write /nowhere/report.json"),

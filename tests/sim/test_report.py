@@ -55,6 +55,15 @@ def sample(at_s: float, ended: int = 0, met: int = 0) -> Sample:
     return Sample(at_s, {"decode": PoolSample(1, 0, 1, 0.5)}, ended, ended, met)
 
 
+def test_a_pool_of_which_nobody_lives_has_no_workers_and_no_line_drawn_across() -> None:
+    timeline = Timeline()
+    timeline.add(sample(0.0))
+    timeline.add(Sample(1.0, {"prefill": PoolSample(2, 1, 0, 0)}, 0, 0, 0))
+    timeline.add(sample(2.0))
+    assert timeline.of("decode", lambda pool: pool.workers) == [(0.0, 1), (1.0, 0), (2.0, 1)]
+    assert timeline.of("prefill", lambda pool: pool.workers) == [(0.0, 0), (1.0, 2), (2.0, 0)]
+
+
 def test_a_long_run_keeps_a_bounded_number_of_samples() -> None:
     timeline = Timeline(step_s=1.0)
     for number in range(10 * SAMPLES_MAX):

@@ -102,6 +102,7 @@ DAMAGED = [
     ("a,b\n1,2\n", "a plain one is arrival_s,input_tokens,output_tokens"),
     ("arrival_s,output_tokens\n1,2\n", "has no column input_tokens"),
     ("hello", "is no trace known here: its first line is 'hello'"),
+    ("", "is no trace known here: its first line is empty"),
     (HEAD + "0,ten,1\n", "row 1 (line 2), column input_tokens: 'ten' is no whole number of tokens"),
     (HEAD + "0,1,1\n0,1,1.5\n", "row 2 (line 3), column output_tokens: '1.5' is no whole number"),
     (HEAD + "0,1,\n", "row 1 (line 2), column output_tokens: '' is no whole number"),

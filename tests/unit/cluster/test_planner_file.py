@@ -63,7 +63,11 @@ def test_profiles_bring_their_times_and_the_file_the_rest(tmp_path: Path) -> Non
         (one_gpu(profile=None), "how fast"),
         (one_gpu(usd_per_hour=-1), r"gpus\.0\.usd_per_hour"),
         (one_gpu(tp=[0]), "1 or more"),
-        (one_gpu(colour="red"), r"gpus\.0\.colour"),
+        (one_gpu(colour="red"), r"gpus\.0\.colour: unknown key; remove it or check its spelling$"),
+        (
+            {"model": {"config": "none.json"}, "gpus": [{"name": "h100-80g"}, {"name": "zx80"}]},
+            "^no GPU named 'zx80' is known; choose one of",
+        ),
         ({"gpus": []}, "gpus"),
         ("[1, 2", "neither YAML nor JSON"),
         ("3", "does not describe GPUs"),
