@@ -9,7 +9,7 @@ quick there, so 6 x and 2.25 x what a request alone takes, means over the excerp
 Claims (issue "The simulator and the planner")
 - `goodput`, its pools and chunks chosen among the shapes below (mixed ones among them), is at least equal to the best of all
   other policies over the same machines on every trace, and 1.1 x it in the geometric mean. They run on the shape that `goodput`
-  chose; without --quick and --medium also on the best one that only splits, and the better counts.
+  chose, and where that is a mixed one also on the best one that only splits, and the better counts.
 - And 1.3 x colocated serving with chunked prefill (Sarathi) in the geometric mean, its chunk size chosen among as many.
 - With looser limits, 5 x either: stated.
 
@@ -17,6 +17,7 @@ With --medium (20 minutes for all traces) excerpts are short, shapes and chunks 
 ours has one shape, chunked prefill two chunk sizes, and the other policies are those that came nearest before.
 
     python -m benchmarks.simulator_goodput [--quick | --medium] [--data DIR] [--json FILE] [--only NAME,NAME] [--plots DIR]
+        [--skip N]
 """
 
 from __future__ import annotations
@@ -158,9 +159,8 @@ def studied(
 def against_policies(runner: Runner, study: Study, others: Iterable[str]) -> None:
     ours = best(study.ours)
     shapes = [ours.task.shape]
-    if not ours.task.quick:
-        split = best(one for one in study.ours if not one.task.shape.colocated).task.shape
-        shapes += [split] if split not in shapes else []
+    split = best(one for one in study.ours if not one.task.shape.colocated).task.shape
+    shapes += [split] if split not in shapes else []
     like = replace(ours.task, guess_rps=ours.rate_rps or ours.task.guess_rps)
     for one in runner.run("policies", tasks_of(study, shapes, others, like)):
         study.others.setdefault(one.task.policy, []).append(one)
@@ -170,7 +170,8 @@ def rows_of(study: Study) -> list[Row]:
     ours, chunked = best(study.ours), best(study.chunked)
     name, title = study.workload.name, study.workload.title
     count = len(excerpt(study.workload, ours.task.data, ours.task.quick))
-    how = f"{ENGINE}; {study.limits}; first {count} requests, {MACHINES} machines of 4 GPUs"
+    skipped = f" after {study.workload.skip}" if study.workload.skip else ""
+    how = f"{ENGINE}; {study.limits}; first {count} requests{skipped}, {MACHINES} machines of 4 GPUs"
     rows = []
     for kind, found in (("goodput", ours), ("chunked", chunked), *((key, best(value)) for key, value in study.others.items())):
         said = f"{found.task.shape}; {how}"
@@ -236,6 +237,7 @@ def main() -> None:
     parser.add_argument("--only", help="which workloads, separated by commas")
     parser.add_argument("--medium", action="store_true", help="short excerpts, every policy: 20 minutes for all traces")
     parser.add_argument("--loose", action="store_true", help="also with limits of 5 x, as without --quick and --medium")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="excerpts begin after the first N requests of a trace")
     parser.add_argument("--plots", type=Path, help="a folder for pictures of attainment against rate")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
@@ -246,9 +248,7 @@ def main() -> None:
     rows: list[Row] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         runner = Runner(pool)
-        for workload in workloads:
-            if workload.name not in wanted:
-                continue
+        for workload in (replace(one, skip=options.skip) for one in workloads if one.name in wanted):
             recorded = rate_of(excerpt(workload, options.data, short))
             say(f"{workload.title}: recorded at {recorded:.3g}/s")
             study = studied(runner, workload, options.data, short, effort, (TTFT_SLACK, TBT_SLACK))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -11,8 +11,9 @@ from pathlib import Path
 
 from benchmarks.azure_lengths import INPUT_TOKENS, OUTPUT_TOKENS, PERCENTS
 from core.config import Config
+from core.errors import ConfigError
 from sim.traces import read_trace
-from sim.workload import Arrival
+from sim.workload import Arrival, at_times
 from sim.workload_lengths import Apart, Quantiles
 from sim.workload_shapes import Arrivals, arrivals, spread_ticks
 
@@ -31,7 +32,7 @@ RUNNING_MAX = 512
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`file`: below traces/ of the data folder. `requests`, `quick_requests`: how many of its first ones are taken."""
+    """`file`: below traces/ of the data folder. `requests`, `quick_requests`: how many are taken, after the first `skip`."""
 
     name: str
     title: str
@@ -39,6 +40,7 @@ class Workload:
     requests: int = 2000
     quick_requests: int = 400
     ticks: bool = False
+    skip: int = 0
 
 
 WORKLOADS = (
@@ -53,18 +55,22 @@ COPIED_WORKLOAD = Workload("copied", "Azure conversation, quantiles of its lengt
 
 @lru_cache(maxsize=2)
 def excerpt(workload: Workload, data: Path | None, quick: bool) -> tuple[Arrival, ...]:
-    """Its first requests, the first one at time 0. Raises ConfigError as `sim.traces.read_trace` does."""
+    """Some of its requests, the first one at time 0. Raises ConfigError as `sim.traces.read_trace` does, and when there are none."""
     count = workload.quick_requests if quick else workload.requests
-    if data is None or not workload.file:
-        return _copied(count)
-    found = read_trace(str(data / "traces" / workload.file))
-    return tuple(islice(spread_ticks(found, random.Random(1)) if workload.ticks else found, count))
+    taken = list(islice(_whole(workload, data, workload.skip + count), workload.skip, workload.skip + count))
+    if len(taken) < 2:
+        raise ConfigError(f"{workload.title} has no two requests after the first {workload.skip}; skip fewer")
+    begun = taken[0].arrival_s if workload.skip else 0.0
+    return tuple(at_times(taken, (one.arrival_s - begun for one in taken)))
 
 
-def _copied(count: int) -> tuple[Arrival, ...]:
+def _whole(workload: Workload, data: Path | None, most: int) -> Iterable[Arrival]:
+    if data is not None and workload.file:
+        found = read_trace(str(data / "traces" / workload.file))
+        return spread_ticks(found, random.Random(1)) if workload.ticks else found
     lengths, draw = Apart(Quantiles(PERCENTS, INPUT_TOKENS), Quantiles(PERCENTS, OUTPUT_TOKENS)), random.Random(1)
     due = arrivals(1.0, Arrivals.POISSON, 1.0, random.Random(2))
-    return tuple(Arrival(at, *lengths.draw(draw)) for at in islice(due, count))
+    return (Arrival(at, *lengths.draw(draw)) for at in islice(due, most))
 
 
 def rate_of(requests: Sequence[Arrival]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from benchmarks.simulator_fidelity import error, flat, wrong
 from benchmarks.simulator_goodput import best, geometric_mean, ratio
 from benchmarks.simulator_search import SHARE, STEP, Found, Task, bracketed
 from benchmarks.simulator_spot import FOREVER_S, Kind, Outcome, Run, announced, machine_hours, mixed
-from benchmarks.simulator_workloads import COPIED_WORKLOAD, Limits, Shape, config_of, excerpt, rate_of
+from benchmarks.simulator_workloads import COPIED_WORKLOAD, Limits, Shape, Workload, config_of, excerpt, rate_of
 from core.cost_model import StepCost
+from core.errors import ConfigError
 from core.latency import rate_at
 from sim.faults import Fault
 from sim.report_timeline import PoolSample, Sample, Timeline
@@ -125,3 +127,21 @@ def test_an_error_is_relative_to_the_real_figure() -> None:
     assert error(None, 1.0) is None
     assert error(1.0, 0.0) is None
     assert math.isclose(error(0.5, 1.0) or 0.0, -0.5)
+
+
+def test_an_excerpt_may_begin_anywhere():
+    first = excerpt(COPIED_WORKLOAD, None, True)
+    later = excerpt(replace(COPIED_WORKLOAD, skip=100), None, True)
+    assert later[0].arrival_s == 0.0
+    assert [one.input_tokens for one in later[:300]] == [one.input_tokens for one in first[100:]]
+    assert rate_of(later[:300]) == pytest.approx(rate_of(first[100:]))
+
+
+def test_an_excerpt_behind_the_end_is_refused(tmp_path: Path):
+    trace = tmp_path / "traces" / "few.csv"
+    trace.parent.mkdir()
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,10,5\n1,10,5\n2.5,10,5\n")
+    few = Workload("few", "a few", "few.csv", 2)
+    assert [one.arrival_s for one in excerpt(replace(few, skip=1), tmp_path, False)] == [0.0, 1.5]
+    with pytest.raises(ConfigError, match="a few has no two requests after the first 2; skip fewer"):
+        excerpt(replace(few, skip=2), tmp_path, False)
