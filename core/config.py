@@ -186,6 +186,7 @@ class RouterConfig(_Branch):
     """How long a worker keeps attempts of a router it lost."""
     slow_client_s: float = Field(30.0, gt=0)
     """A client that reads nothing for this long is cancelled."""
+    traces: str = ""  # where spans of requests go: http://HOST:4318/v1/traces of an OpenTelemetry collector; empty: nowhere
     max_body_bytes: ByteSize = Field(ByteSize(8 * 2**20), ge=1024)
 
     @field_validator("classes", mode="before")
@@ -223,8 +224,7 @@ class ClusterConfig(_Branch):
     """Workers of one pool, at most."""
     autoscale_quiet_s: float = Field(60.0, gt=0)
     """How long fewer workers must have been enough before one is drained. It ends when its requests are done and nobody reads
-    its blocks any more; whatever happens, `router.request_timeout_s` and a lease of `transfer.lease_s` later, when nothing of
-    what it had can be wanted any more."""
+    its blocks any more; at the latest `router.request_timeout_s` and a lease of `transfer.lease_s` later."""
     admin: str = "127.0.0.1:0"
     grace_s: float = Field(10.0, ge=0)
     heartbeat_s: float = Field(2.0, gt=0)

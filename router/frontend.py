@@ -35,8 +35,9 @@ class Frontend:
         slow_client_s: float,
         terms_of: TermsOf,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        on_end: Callable[[FrontRequest, str, float], None] = lambda request, request_id, took_s: None,
     ) -> None:
-        """`new_id` names requests that came without an id."""
+        """`new_id` names requests that came without an id. `on_end` hears of each that is over, and how long it took."""
         self.text = text
         self._dispatcher = dispatcher
         self._knowledge = knowledge
@@ -45,6 +46,7 @@ class Frontend:
         self._slow_client_s = slow_client_s
         self._terms_of = terms_of
         self._new_id = new_id
+        self._on_end = on_end
         self._runs: dict[str, Run | None] = {}  # None: being admitted
         self._cancelled_early: set[str] = set()  # while they were being admitted
         self._used = UsedIds()
@@ -77,6 +79,7 @@ class Frontend:
                 run.close()
                 if request.request_id:
                     self._used.ended(request_id, run.attempts_used)
+            self._on_end(request, request_id, self._clock.now() - arrived_at)
 
     def cancel(self, request_id: str) -> bool:
         if request_id not in self._runs:

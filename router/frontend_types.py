@@ -35,7 +35,7 @@ class FrontRequest:
 
     `request_id` empty: the router makes one. A given id must be unique among the live ones, at most 128 printable
     characters without "/". `echo` sends the prompt's text back in `Started`. Class, tenant, limits and deadline:
-    `router.slo` says what they come to.
+    `router.slo` says what they come to. `traceparent`: of W3C, the trace that it is part of.
     """
 
     prompt: str | tuple[int, ...] | ChatPrompt
@@ -47,6 +47,7 @@ class FrontRequest:
     echo: bool = False
     tenant: str = ""
     deadline_s: float | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

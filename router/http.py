@@ -30,7 +30,7 @@ from router.http_body import read_body, while_connected
 from router.http_errors import not_served, raised, response_of
 from router.http_events import EventWriter, SlowClientError
 from router.http_merge import Numbered, merged
-from router.openai_headers import with_headers
+from router.openai_headers import with_headers, with_trace
 from router.openai_replies import Json, Reply
 from router.openai_types import ApiCall, read_chat, read_completion
 from router.sse import EventStream
@@ -137,6 +137,7 @@ class _Generation:
         try:
             call = self._read_call(await read_body(scope, receive, self._max_body_bytes))
             call = with_headers(call, scope["headers"])
+            call = with_trace(call, scope["headers"])
             card = self._front.model()
             _check_model(call.model, card)
         except TandemError as error:

@@ -26,7 +26,9 @@ from core.text import Tokenizer
 from router.attempt import Limits
 from router.dispatch import Dispatcher
 from router.exchange import Exchange, Totals
+from router.explain import header_of
 from router.frontend import Frontend
+from router.frontend_types import FrontRequest
 from router.http import build_app
 from router.index_metrics import IndexMetrics
 from router.links import Links
@@ -39,6 +41,7 @@ from router.prior import Prior
 from router.replicas import Replicas
 from router.service import InferenceServicer, StatusServicer
 from router.slo import TermsOf
+from router.span_export import SpanExporter
 from router.store_links import StoreLinks
 from router.view import ClusterView
 from router.waiting_room import WaitingRoom
@@ -113,13 +116,17 @@ class Router:
         knowledge = ModelKnowledge(spec.config.model.name, _version())
         self._new_id = self._replicas.new_id if self._replicas is not None else lambda: uuid.uuid4().hex
         slow_client_s, terms_of = config.slow_client_s, TermsOf(config)
-        self.frontend = Frontend(self.dispatcher, text, knowledge, stats, clock, slow_client_s, terms_of, self._new_id)
+        self._spans = SpanExporter(config.traces, spec.worker_id) if config.traces else None
+        on_end = self._trace if self._spans is not None else lambda request, request_id, took_s: None
+        self.frontend = Frontend(self.dispatcher, text, knowledge, stats, clock, slow_client_s, terms_of, self._new_id, on_end)
         self._shared = self._replicas is not None and config.share_address
         self._inference = InferenceServicer(self.frontend, self._replicas)
         self._text = text
         self._metrics: list[Metrics] = [RouterMetrics(stats, self.dispatcher)]
         if placer.index is not None and placer.events is not None:
             self._metrics.append(IndexMetrics(placer.index, placer.events))
+        if self._spans is not None:
+            self._metrics.append(self._spans)
         self._clock = clock
         self._prior = prior_of(spec.config)
         if self._prior is not None:
@@ -143,6 +150,8 @@ class Router:
             await self._listen_alone(stack, web.address)
             await stack.enter_async_context(_running(self._watch.run(), "watch"))
             await stack.enter_async_context(_running(self._reporter.run(), "report"))
+            if self._spans is not None:
+                await stack.enter_async_context(_running(self._spans.run(), "send spans"))
             if self._exchange is not None:
                 await stack.enter_async_context(_running(self._exchange.run(), "exchange of what tenants were served"))
             info = RouterInfo(self._spec.worker_id, server.address, web.address)
@@ -206,6 +215,10 @@ class Router:
         self.dispatcher.situation().prepare()
         if self._stores is not None:
             self._stores.follow(view)
+
+    def _trace(self, request: FrontRequest, request_id: str, took_s: float) -> None:
+        assert self._spans is not None
+        self._spans.ended(request_id, request.traceparent, took_s, lambda: header_of(self.frontend, request_id))
 
     def _report(self) -> WorkerReport:
         """Once it has been ready, a router without workers is still ready: it queues until they are replaced."""

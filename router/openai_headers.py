@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from core.errors import InvalidRequestError
+from router import spans
 from router.frontend_types import FrontRequest
 from router.openai_fields import FieldError, short
 from router.openai_types import ApiCall
@@ -32,6 +33,12 @@ def with_headers(call: ApiCall, headers: Iterable[tuple[bytes, bytes]]) -> ApiCa
     if not said:
         return call
     return replace(call, requests=tuple(_with(request, said) for request in call.requests))
+
+
+def with_trace(call: ApiCall, headers: Iterable[tuple[bytes, bytes]]) -> ApiCall:
+    """The call as a part of its caller's trace."""
+    trace = next((value.decode("latin-1") for key, value in headers if key.lower() == spans.HEADER.encode()), "")
+    return replace(call, requests=tuple(replace(one, traceparent=trace) for one in call.requests)) if trace else call
 
 
 def _with(request: FrontRequest, said: dict[str, str]) -> FrontRequest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -12,7 +13,7 @@ import grpc
 from core.errors import InternalError, InvalidRequestError, TandemError
 from core.request import Slo
 from core.wire import finish_to_pb, sampling_from_pb
-from router import explain
+from router import explain, spans
 from router.explain import explanation_to_pb, placement_to_pb, timing_to_pb
 from router.frontend_types import (
     ChatMessage,
@@ -47,7 +48,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         once, and not when an abandoned generator is collected."""
         explained: _Explained | None = None
         try:
-            asked = request_from_pb(request)
+            asked = replace(request_from_pb(request), traceparent=_metadata(context, spans.HEADER))
             explained = _Explained(self._front, context, asked.request_id) if _asks_why(context) else None
             async with contextlib.aclosing(self._front.generate(asked)) as parts:
                 async for part in parts:
@@ -112,7 +113,12 @@ class _Explained:
 
 
 def _asks_why(context: Context) -> bool:
-    return any(key == explain.HEADER and explain.wanted(str(value)) for key, value in context.invocation_metadata() or ())
+    return explain.wanted(_metadata(context, explain.HEADER))
+
+
+def _metadata(context: Context, name: str) -> str:
+    """Empty where the call has none of that name."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == name), "")
 
 
 def _passed_on(context: Context) -> bool:
