@@ -47,9 +47,13 @@ class Curve:
 
     def add(self, rate: float, traces: list[RequestTrace], slo: Slo) -> float:
         """Returns the attainment."""
+        self.requests += len(traces)
+        return self.put(rate, traces, slo)
+
+    def put(self, rate: float, traces: list[RequestTrace], slo: Slo) -> float:
+        """In place of what was known at this rate."""
         found = summarize(traces, slo, 1.0)["attainment"]
         self.joint[rate], self.mean[rate] = found["joint"], found["joint_mean"]
-        self.requests += len(traces)
         return self.joint[rate]
 
 
