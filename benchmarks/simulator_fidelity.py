@@ -47,7 +47,7 @@ from sim.world import World
 
 REAL = (RealShape(1, 1, 0, 256), RealShape(0, 0, 2, 128))
 RATES = {True: (2.0,), False: (1.0, 2.0, 3.0)}
-SECONDS = {True: 15.0, False: 60.0}
+SECONDS = {True: 12.0, False: 60.0}
 LIMITS = Slo(ttft_s=1.0, tbt_s=0.06, tpot_s=0.06)
 SPREADS = ("ttft_s", "tpot_s", "tbt_s", "e2e_s")
 WRONG_SHAPE = Shape(2, 2, 0, 256)

@@ -191,7 +191,7 @@ def _how(result: SimResult) -> str:
 def rows(data: Path | None, quick: bool) -> list[Row]:
     if data is None:
         return [Row("mooncake", "needs the conversation trace (--data)", None, "")]
-    count = 500 if quick else 4000
+    count = 350 if quick else 4000
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "llama-3-70b"
         model.mkdir()

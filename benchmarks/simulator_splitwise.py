@@ -222,7 +222,7 @@ def rows(data: Path | None, quick: bool) -> list[Row]:
         profile = COPIED / "perf_model_bloom.csv"
     rates = range(40, 241, 20) if quick else range(40, 251, 10)
     setting = Setting(lengths, 30.0 if quick else 120.0, rates, tables(profile))
-    searched = setting._replace(seconds=10.0) if quick else setting
+    searched = setting._replace(seconds=8.0) if quick else setting
     strict = setting._replace(tables=tables(profile, Lookup.CONTEXT), link_bytes_per_s=TRUE_LINK_BYTES_PER_S)
     made = [stored_example(), *same_runs(setting), *provisioning(searched)]
     return made if quick else [*made, *stricter(strict)]
