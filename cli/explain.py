@@ -90,8 +90,8 @@ def _candidates(decision: Decision) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("candidate", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("in ms", min_width=12)
     held = any(one.held_s for one in decision.candidates)  # first tokens that wait for the second
     for name in ("TTFT", "overhead", "queue", "prefill", *(["held"] if held else []), "hand-off", "gap", "TPOT"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -99,7 +99,9 @@ def _candidates(decision: Decision) -> Table:
     for rank, one in enumerate(decision.candidates):
         first = (one.ttft_s, one.overhead_s, one.queue_s, one.prefill_s, *([one.held_s] if held else []))
         parts = (*first, one.transfer_s, one.gap_s, one.tpot_s)
-        table.add_row(_where(one.placement), *map(_ms, parts), one.reason, style="" if rank == 0 else "dim")
+        table.add_row(
+            _where(one.placement), *(f"{part * 1e3:.1f}" for part in parts), one.reason, style="" if rank == 0 else "dim"
+        )
     return table
 
 

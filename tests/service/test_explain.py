@@ -135,6 +135,8 @@ async def test_the_command_is_readable_and_gives_json():
         assert shown.returncode == 0, shown.stderr
         for text in ("prefill-0 → decode-0", "least_load", "length after 8 tokens", "first token after it", "mean gap (TPOT)"):
             assert text in shown.stdout, shown.stdout
+        narrow = await anyio.to_thread.run_sync(lambda: run([*ask, "one"], env={"COLUMNS": "80"}))
+        assert "…" not in narrow.stdout, narrow.stdout
         as_json = await anyio.to_thread.run_sync(lambda: run([*ask, "one", "--json"]))
         tree = json.loads(as_json.stdout)
         assert tree["outcome"]["finish"] == "length"
