@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from router.cost_columns import Column
 from router.policy import Need, Scored
-from router.pools import Column, Pool
+from router.pools import Pool
 from router.situation import Situation
 
 _WORD = 1 << 32

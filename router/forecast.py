@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from router.baselines import matched_tokens
+from router.cost_columns import Column
 from router.forecast_columns import CHUNK_TOKENS, LOOKED_AT, best_rows, harmed, lowest, met_there, missing, prompt_columns
 from router.policy import Candidate, Need, Pair
-from router.pools import CHUNK, HALF, ZERO, Column, Pool, Rows
+from router.pools import CHUNK, HALF, ZERO, Pool, Rows
 from router.ranking import Goal, Rank, rank_of, reason_of
 from router.situation import Situation
 

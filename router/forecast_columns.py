@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from router.cost_columns import Column
 from router.policy import Need
-from router.pools import ONE, ZERO, Column, Pool, Rows
+from router.pools import ONE, ZERO, Pool, Rows
 from router.ranking import Goal
 from router.situation import Situation
 

@@ -12,7 +12,8 @@ import numpy as np
 from core.blocks import BlockKey
 from core.request import Slo, WorkerRole
 from router.attempt import NO_LIMITS
-from router.pools import Column, Mask, Pool, best
+from router.cost_columns import Column
+from router.pools import Mask, Pool, best
 from router.situation import Situation
 
 PREFILL_WINDOW_TOKENS = 4096

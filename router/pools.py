@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +16,10 @@ import numpy.typing as npt
 from core.cost_model import StepCost
 from core.request import WorkerRole
 from router.block_index import BlockIndex
-from router.calibration import CHUNK_TOKENS, GAP_CONTEXT, NO_CORRECTION, Calibration
+from router.calibration import CHUNK_TOKENS, Calibration
+from router.cost_columns import Column, chunk_s, corrected, corrections_of, costs_of, standard_gap_s
 from router.view import Claims, Held, WorkerView
 
-Column = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
 
@@ -28,37 +27,10 @@ ZERO, HALF, ONE = np.float64(0.0), np.float64(0.5), np.float64(1.0)
 """numpy takes its own numbers in half the time that it takes Python's: a microsecond less each."""
 CHUNK = np.float64(CHUNK_TOKENS)
 
-UNKNOWN_COST = StepCost(base_s=2e-3, prefill_token_s=1e-4, prefill_pair_s=1e-8, decode_row_s=2e-4, decode_context_s=1e-7)
-"""Of a pool in which nobody has learned anything yet: the shape is right, and workers are told apart by load alone."""
-
-
-FACTOR_MAX = 20.0
-"""By which outcomes may correct what a worker learned of itself."""
 AHEAD_TOKENS = 1024
 """Of prompts, left to compute where the next one is sent to: a step is filled up with the prompt behind."""
-ALIKE = 1.3
-"""Corrections of two workers that differ by less say nothing of either."""
 TYPICAL_PROMPT_TOKENS = 512
 """Of others' prompts only the sum of tokens is known; their attention is that of prompts of this length."""
-
-
-class Corrections(NamedTuple):
-    """`router.calibration.Correction` of each worker."""
-
-    chunk_s: Column
-    gap_s: Column
-    overhead_s: Column
-    join_s: Column
-
-
-class CostColumns(NamedTuple):
-    """What a step costs on each worker, as in `core.cost_model.StepCost`."""
-
-    base_s: Column
-    prefill_token_s: Column
-    prefill_pair_s: Column
-    decode_row_s: Column
-    decode_context_s: Column
 
 
 class Pool:
@@ -92,9 +64,9 @@ class Pool:
         self.block_tokens: Column = block_tokens
         self.blocks = np.maximum(blocks, 1.0)
         self.room_tokens: Column = room * block_tokens
-        self.corrections = _corrections(calibration or Calibration(), self.names)
-        self.cost = _corrected(_costs(workers, typical), self.corrections, [w.role is WorkerRole.PREFILL for w in workers])
-        self.standard_chunk_s, self.standard_gap_s = _chunk_s(self.cost), _gap_s(self.cost)
+        self.corrections = corrections_of(calibration or Calibration(), self.names)
+        self.cost = corrected(costs_of(workers, typical), self.corrections, [w.role is WorkerRole.PREFILL for w in workers])
+        self.standard_chunk_s, self.standard_gap_s = chunk_s(self.cost), standard_gap_s(self.cost)
         self.ahead_s = self.prefill_s(float(AHEAD_TOKENS))
         self.shared_token_s = float(self.cost.prefill_token_s.mean()) / len(self.names) if self.names else 0.0
         self._everybody = np.ones(len(self.names), dtype=np.bool_)
@@ -267,79 +239,8 @@ def _reported(workers: Sequence[WorkerView]) -> npt.NDArray[np.float64]:
     return np.array(table, dtype=np.float64).reshape(-1, 7).T.copy()
 
 
-def _corrections(known: Calibration, names: Sequence[str]) -> Corrections:
-    each = [known.of(name) for name in names]
-    if all(one is NO_CORRECTION for one in each):
-        return Corrections(*np.zeros((len(Corrections._fields), len(names))))
-    return Corrections(*np.array(each, dtype=np.float64).T.copy())
-
-
 def _others(reported: Column, ours: Column, fresh: Mask) -> Column:
     column = np.maximum(reported, 0.0)  # a worker that reports nonsense is not the least loaded one for it
     if column.size and not fresh.all():
         column = np.where(fresh, column, np.maximum(column, column.mean()))
     return np.maximum(column - ours, 0.0)
-
-
-def _corrected(cost: CostColumns, known: Corrections, prefills_only: Sequence[bool]) -> CostColumns:
-    """Costs under which a standard chunk and a standard gap take what they were seen to take."""
-    alone = np.array(prefills_only, dtype=np.bool_)
-    prefill, gap = _factor(known.chunk_s, _chunk_s(cost)), _factor(known.gap_s, _gap_s(cost))
-    return CostColumns(
-        cost.base_s * np.where(alone, prefill, gap),
-        cost.prefill_token_s * prefill,
-        cost.prefill_pair_s * prefill,
-        cost.decode_row_s * gap,
-        cost.decode_context_s * gap,
-    )
-
-
-def _factor(seen_s: Column, predicted_s: Column) -> Column:
-    """The median over all workers is everybody's; of what one differs by, only what is beyond ALIKE is its own. Outcomes come
-    late, and whoever follows their noise sends all that comes to one worker until it is the slower one."""
-    known = seen_s > 0
-    if not known.any():
-        return np.ones_like(seen_s)
-    factor = np.clip(seen_s / np.maximum(predicted_s, 1e-12), 1 / FACTOR_MAX, FACTOR_MAX)
-    common = float(np.median(factor[known]))
-    own = np.where(known, factor / common, 1.0)
-    return np.asarray(common * np.where(own > ALIKE, own / ALIKE, np.where(own < 1 / ALIKE, own * ALIKE, 1.0)))
-
-
-def _chunk_s(cost: CostColumns) -> Column:
-    tokens = CHUNK_TOKENS
-    return cost.base_s + cost.prefill_token_s * tokens + cost.prefill_pair_s * (tokens * (tokens + 1) / 2)
-
-
-def _gap_s(cost: CostColumns) -> Column:
-    return cost.base_s + cost.decode_row_s + cost.decode_context_s * GAP_CONTEXT
-
-
-def typical_cost(workers: Iterable[WorkerView]) -> StepCost | None:
-    """The median of each coefficient over those that have learned it; None while nobody has learned anything."""
-    return _typical([_coefficients(worker.step_cost) for worker in workers if worker.step_cost is not None])
-
-
-def _typical(learned: Sequence[tuple[float, ...]]) -> StepCost | None:
-    if not learned:
-        return None
-    columns = np.array(learned, dtype=np.float64).T
-    return StepCost(*(float(np.median(known)) if (known := column[column > 0]).size else 0.0 for column in columns))
-
-
-def _costs(workers: Sequence[WorkerView], typical: Callable[[], StepCost | None]) -> CostColumns:
-    learned = [_coefficients(worker.step_cost) for worker in workers if worker.step_cost is not None]
-    table = learned
-    if len(learned) < len(workers):
-        here = _coefficients(_typical(learned) or typical() or UNKNOWN_COST)
-        table = [here if worker.step_cost is None else _coefficients(worker.step_cost) for worker in workers]
-    cost = CostColumns(*np.array(table, dtype=np.float64).reshape(-1, 5).T.copy())
-    without = (cost.prefill_token_s <= 0) & (cost.prefill_pair_s <= 0)  # a fit without a single prompt: they cost nothing
-    if without.any():
-        anywhere = typical() or _typical(learned) or UNKNOWN_COST
-        cost.prefill_token_s[without], cost.prefill_pair_s[without] = anywhere.prefill_token_s, anywhere.prefill_pair_s
-    return cost
-
-
-def _coefficients(cost: StepCost) -> tuple[float, ...]:
-    return cost.base_s, cost.prefill_token_s, cost.prefill_pair_s, cost.decode_row_s, cost.decode_context_s

@@ -14,8 +14,9 @@ from core.report import WorkerState
 from core.request import WorkerRole
 from router.block_index import BlockIndex
 from router.calibration import Calibration
+from router.cost_columns import Column, typical_cost
 from router.key_runs import PromptKeys
-from router.pools import Column, Pool, typical_cost
+from router.pools import Pool
 from router.view import Claim, Claims, ClusterView, Held, WorkerView
 
 NOBODY: frozenset[str] = frozenset()

@@ -9,7 +9,7 @@ import pytest
 from in_loop import cluster_in_loop
 from prometheus_client.parser import text_string_to_metric_families
 
-from router.pools import UNKNOWN_COST
+from router.cost_columns import UNKNOWN_COST
 from tandem import AsyncClient, Explanation, SamplingParams
 
 pytestmark = pytest.mark.service

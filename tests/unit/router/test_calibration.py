@@ -12,11 +12,12 @@ from test_placing import D, P, view, worker
 from core.cost_model import StepCost
 from core.request import AttemptTiming
 from router.calibration import NO_CORRECTION, OUTCOMES_MIN, REMEMBERED, Calibration
+from router.cost_columns import FACTOR_MAX
 from router.facts import Facts
 from router.forecast_pair import forecast
 from router.goodput import Goodput
 from router.policy import Candidate, Need, Pair
-from router.pools import FACTOR_MAX, Pool
+from router.pools import Pool
 from router.situation import Situation
 from router.view import NO_CLAIM, Claim, Claims
 
