@@ -22,9 +22,11 @@ def paced(need: Need, decision: Decision) -> Decision:
     if not decision.candidates or not gap_limits or need.slo.ttft_s is None:
         return decision
     from_s, kept_s = HOLD_FROM * min(gap_limits), SPENT * need.slo.ttft_s
-    hold_until = need.now + kept_s if _late(decision.candidates[0], from_s) else None
-    candidates = tuple(_held(one, kept_s) if _late(one, from_s) else one for one in decision.candidates)
-    return replace(decision, candidates=candidates, hold_until=hold_until)
+    late = [_late(one, from_s) for one in decision.candidates]
+    if not any(late):
+        return decision
+    candidates = tuple(_held(one, kept_s) if held else one for one, held in zip(decision.candidates, late, strict=True))
+    return replace(decision, candidates=candidates, hold_until=need.now + kept_s if late[0] else None)
 
 
 def _late(candidate: Candidate, from_s: float) -> bool:
