@@ -96,7 +96,8 @@ def bench(
 ) -> None:
     """Measure latency, attainment and goodput under load. Latency counts from the moment a request was due.
 
-    With several rates (or speeds) each is measured in turn; the JSON then holds one report per rate under `runs`.
+    With several rates (or speeds) each is measured in turn; the JSON then holds one report per rate under `runs`. Exit status 1
+    when no request at all was answered.
     """
     import asyncio
 
@@ -151,6 +152,11 @@ def bench(
     with Progress(duration, len(loads), sys.stderr.isatty()) as progress:
         asyncio.run(measure(target, loads, warmup, progress, report.add))
     report.write(as_json)
+    if report.nothing_served:
+        from cli.app import FAILED
+
+        sys.stderr.write(f"tandem: {report.nothing_served}\n")
+        raise typer.Exit(FAILED)
 
 
 def _target(url: str | None, grpc: str | None, asked: Asked, ids: bool) -> OpenTarget:

@@ -11,7 +11,7 @@ import typer
 
 from cli.bench_run import Measured
 from core.errors import ConfigError
-from core.latency import RequestTrace, rate_at, summarize
+from core.latency import Outcome, RequestTrace, rate_at, summarize
 from core.request import Slo
 
 SHARE = 0.9
@@ -43,6 +43,19 @@ class Report:
             return reports[0]
         points = [(report["rate_rps"], report["attainment"]["joint"]) for report in reports]
         return {"runs": reports, "rate_rps_at_90": rate_at(points, SHARE)}
+
+    @property
+    def nothing_served(self) -> str:
+        """Why no request of any run was answered; empty when one was."""
+        traces = [trace for _, found in self._runs for trace in found]
+        if any(trace.outcome is Outcome.COMPLETED for trace in traces):
+            return ""
+        if not traces:
+            return "there was no request to send; give a trace that has some within --duration"
+        first = min(traces, key=lambda trace: trace.end_s)
+        refused = sum(trace.outcome is Outcome.REJECTED for trace in traces)
+        how = "was refused" if refused == len(traces) else "failed" if not refused else f"failed or was refused ({refused})"
+        return f"every request {how}, {len(traces)} in all; the first one: {first.error}"
 
     def write(self, path: str | None) -> None:
         """The JSON to `path` (`-`: standard output, and nothing else there), the table otherwise, and the picture."""
@@ -105,6 +118,10 @@ def _show_one(report: dict[str, Any], traces: list[RequestTrace]) -> None:
 
 
 def _show_errors(console: Any, traces: list[RequestTrace]) -> None:
+    lost = Counter(trace.outcome for trace in traces)
+    if len(traces) > lost[Outcome.COMPLETED]:
+        counts = f"{lost[Outcome.FAILED]} failed, {lost[Outcome.REJECTED]} were refused"
+        console.print(f"of {len(traces)} requests {counts}", highlight=False)
     for error, count in Counter(trace.error for trace in traces if trace.error).most_common(5):
         console.print(f"[red]{count} ×[/] {error}", highlight=False)
 

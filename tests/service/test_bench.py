@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ STALL_AT = 20
 """The request that begins it."""
 EVERY_S = 0.02
 MODELS = json.dumps({"data": [{"id": "demo"}]}).encode()
+REFUSAL = b'{"error": {"message": "no such model", "type": "invalid_request_error"}}'
 TOKEN = b'data: {"choices": [{"text": "x"}]}\n\n'
 
 
@@ -37,6 +38,7 @@ class StallingServer:
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[bytes] = set()
         self._stalls = stalls
+        self.refuses: Callable[[int], bool] = lambda number: False
         self._going = asyncio.Event()
         self._going.set()
 
@@ -60,6 +62,11 @@ class StallingServer:
                 self._going.clear()
                 asyncio.get_running_loop().call_later(STALL_S, self._going.set)
             await self._going.wait()
+            if self.refuses(self.asked):
+                writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%s" % (len(REFUSAL), REFUSAL))
+                await writer.drain()
+                writer.close()
+                return
             kind, body = b"text/event-stream", TOKEN * asked["max_tokens"] + b"data: [DONE]\n\n"
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (kind, len(body), body))
         await writer.drain()
@@ -177,6 +184,34 @@ def test_a_tandem_cluster_is_told_of_the_limits_unless_not_wanted(tmp_path: Path
     assert len(untold) == 3
     assert all((r.ttft_slo_s, r.tbt_slo_s, r.slo_class, r.HasField("tpot_slo_s")) == (2, 0.5, "batch", False) for r in told)
     assert not any(r.HasField("ttft_slo_s") or r.slo_class for r in untold)
+
+
+def test_a_run_in_which_nobody_was_answered_has_failed_and_says_why(tmp_path: Path) -> None:
+    server = StallingServer(stalls=False)
+    server.refuses = lambda number: True
+    path = tmp_path / "r.json"
+    with on_a_thread(server) as url:
+        done = bench("--url", url, "--rate", "20,40", "--requests", "10", "--warmup", "0", "--json", str(path))  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines() == ["tandem: every request failed, 20 in all; the first one: no such model"]
+    assert [run["failed"] for run in json.loads(path.read_text())["runs"]] == [10, 10], "the report is written all the same"
+
+
+def test_a_run_in_which_some_were_answered_says_how_many_were_not() -> None:
+    server = StallingServer(stalls=False)
+    server.refuses = lambda number: number % 4 == 0
+    with on_a_thread(server) as url:
+        done = bench("--url", url, "--rate", "20", "--requests", "20", "--warmup", "0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "of 20 requests 5 failed, 0 were refused" in done.stdout
+    assert "5 × no such model" in done.stdout
+
+
+def test_a_trace_that_asks_for_nothing_measures_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("arrival_s,input_tokens,output_tokens\n")
+    with on_a_thread(StallingServer(stalls=False)) as url:
+        done = bench("--url", url, "--trace", str(tmp_path / "empty.csv"))
+    assert (done.returncode, done.stderr.count("no request to send")) == (1, 1)
 
 
 @pytest.mark.parametrize(
