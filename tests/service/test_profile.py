@@ -45,7 +45,8 @@ def test_what_was_measured_is_a_cost_model_of_this_model(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("--json", "/nowhere/cost.json", "--from-gpu", "/nowhere/perf_model.csv"), "cannot read the GPU profile"),
+        (("--json", "cost.json", "--from-gpu", "/nowhere/perf_model.csv"), "cannot read the GPU profile"),
+        (("--json", "/nowhere/cost.json", "--from-gpu", "/nowhere/perf_model.csv"), "cannot write /nowhere/cost.json"),
         (("--json", "cost.json", "--from-gpu", "x.csv", "--select", "h100"), "--select must look like"),
         (("--json", "cost.json", "--model", "/nowhere"), "/nowhere"),
     ],
