@@ -25,6 +25,9 @@ def plan(
     rate: Annotated[
         float | None, typer.Option(min=1e-6, metavar="R", help="Requests per second to plan for; default: the trace's.")
     ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of each answer, for a trace that does not say.")
+    ] = None,
     share: Annotated[float, typer.Option(min=0.01, max=0.999, help="Of requests that must meet both limits.")] = 0.9,
     quick: Annotated[bool, typer.Option("--quick", help="By closed forms alone, in seconds; else by simulation.")] = False,
     policy: Annotated[str, typer.Option(metavar="NAME", help="Of placement, in the simulation.")] = "goodput",
@@ -53,7 +56,7 @@ def plan(
     check_writable(as_json)
     slo = Slo(ttft_s=slo_ttft, tbt_s=slo_tbt)
     offers, left_out = read_offers(gpus)
-    arrivals = list(arrivals_of(trace, Missing(rate)))
+    arrivals = list(arrivals_of(trace, Missing(rate, output_tokens=output_tokens)))
     workload = Workload.of([Arriving(one.arrival_s, one.input_tokens, one.output_tokens) for one in arrivals])
     if rate is not None:
         workload = replace(workload, rate_rps=rate)
@@ -89,28 +92,20 @@ def _search(
     import tempfile
     from pathlib import Path
 
-    from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     from cli.plan_judge import Simulated
-    from cli.progress import Bar
+    from cli.plan_progress import PlanProgress
     from cluster.planner import Settings, plan
 
     settings = Settings(share=share, seeds=tuple(range(seeds)))
-    columns = (TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with tempfile.TemporaryDirectory(prefix="tandem-plan-") as folder, Bar(sys.stderr.isatty(), *columns) as bar:
+    with (
+        tempfile.TemporaryDirectory(prefix="tandem-plan-") as folder,
+        PlanProgress(policy is not None, sys.stderr.isatty()) as progress,
+    ):
         judge = None
         if policy is not None:
             judge = Simulated(arrivals, workload.rate_rps, window_s, slo, policy, Path(folder))
-        expected = settings.finalists * (settings.mends // 2) + seeds * 8
-        bar.begin("planning", float(expected))
-        done = 0
-
-        def step(what: str) -> None:
-            nonlocal done
-            done += 1
-            bar.reach(min(done, expected - 1), what)
-
-        return plan(workload, offers, slo, judge, settings, step)
+            judge.on_progress = progress.tick
+        return plan(workload, offers, slo, judge, settings, progress.begin)
 
 
 def _report(

@@ -23,6 +23,9 @@ PART_MIN = 1e-3
 """Of the demand: machines that serve less of it serve nothing."""
 IDLE_RPS = 1e-3
 """Who cannot keep the limits at this rate cannot keep them at all."""
+UNPRICED = (math.inf, 0)
+MENDS_TYPICAL, GOODPUT_TYPICAL = 2, 5
+"""Questions that a finalist and a seed of the goodput take, about: for what is said of the time that is left."""
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5 % for 1 to 9 degrees of freedom; the normal quantile beyond."""
 
@@ -84,31 +87,64 @@ def plan(
     slo: Slo,
     evaluate: Evaluate | None,
     settings: Settings,
-    on_step: Callable[[str], None] = lambda what: None,
+    on_step: Callable[[str, int], None] = lambda what, left: None,
 ) -> Plan | None:
     """None when no offer meets the limits at any rate (`idle_limits` says why). `evaluate` None: the quick judge alone.
 
-    Bounded: finalists · (mends + 1) questions for sizes, and for the goodput of one plan seeds · 2 log2(1 / step).
+    Bounded: finalists · (mends + 1) questions for sizes, and for the goodput of one plan seeds · 2 log2(1 / step); none is
+    asked twice. `on_step` hears of each before it is asked: what it is about, and how many there will be, about, with it.
     """
     quick = Analytic(workload, slo)
-    judge: Evaluate = evaluate or (lambda pools, rate_rps, seed: quick(pools, rate_rps))
+    judge = _Asked(evaluate or (lambda pools, rate_rps, seed: quick(pools, rate_rps)), settings, on_step)
     rate_rps = workload.rate_rps
     scale, found = _sized(workload, offers, slo, quick, settings)
     if not found:
         return None
-    mended = [_mend(pools, scale * rate_rps, judge, settings, on_step) for pools in found]
-    serving = [pools for pools, attained in mended if attained.joint >= settings.share]
+    mended: list[tuple[Pools, Attainment]] = []
+    serving: list[Pools] = []
+    for left, pools in zip(range(len(found), 0, -1), found, strict=True):
+        judge.expect(MENDS_TYPICAL * left, len(settings.seeds))
+        below = min(map(_price, serving), default=UNPRICED) if scale >= 1 else UNPRICED
+        if begin := _cheaper(pools, below, quick, scale * rate_rps):
+            mended.append(_mend(begin, below, scale * rate_rps, judge, settings))
+            serving += [each for each, attained in mended[-1:] if attained.joint >= settings.share]
     if scale >= 1 and serving:
-        best = min(serving, key=lambda pools: (usd_per_hour_of(pools), gpus_of(pools)))
+        best = min(serving, key=_price)
     else:
         best = max(mended, key=lambda one: (one[1].joint, -usd_per_hour_of(one[0])))[0]
-    goodput = [_goodput_rps(best, scale * rate_rps, judge, settings, seed, on_step) for seed in settings.seeds]
-    interval = interval_of(goodput)
+    reached: list[int | None] = []
+    for left, seed in zip(range(len(settings.seeds), 0, -1), settings.seeds, strict=True):
+        judge.expect(0, left)
+        known = next((at for at in reached if at is not None), 0)
+        reached.append(_goodput_at(best, scale * rate_rps, known, judge, settings, seed))
+    interval = interval_of([0.0 if at is None else scale * rate_rps * (1 + settings.step) ** at for at in reached])
     attained = judge(best, rate_rps, settings.seeds[0])
     meets = scale >= 1 and bool(serving)
     beyond = judge(best, max(interval.mean * 1.1, 1e-9), settings.seeds[0])
     binding = beyond.worst if meets else _short(best) or attained.worst
     return Plan(best, meets, binding, interval, attained, gpus_of(best), usd_per_hour_of(best))
+
+
+class _Asked:
+    """Asks once and remembers; tells of what it asks, and about how much there is still to ask."""
+
+    def __init__(self, evaluate: Evaluate, settings: Settings, on_step: Callable[[str, int], None]) -> None:
+        self._evaluate, self._on_step = evaluate, on_step
+        self._known: dict[tuple[Pools, float, int], Attainment] = {}
+        self._left = 0
+
+    def expect(self, mends: int, seeds: int) -> None:
+        """So many more questions of sizes, and seeds whose goodput is to be found."""
+        self._left = mends + GOODPUT_TYPICAL * seeds + 1  # one of what lies beyond
+
+    def __call__(self, pools: Pools, rate_rps: float, seed: int) -> Attainment:
+        asked = pools, rate_rps, seed
+        found = self._known.get(asked)
+        if found is None:
+            self._on_step(f"{_named(pools)} at {rate_rps:.3g}/s, part {seed}", self._left)
+            found = self._known[asked] = self._evaluate(pools, rate_rps, seed)
+            self._left = max(self._left - 1, 1)
+        return found
 
 
 def _sized(
@@ -147,22 +183,33 @@ def interval_of(values: Sequence[float]) -> Interval:
     return Interval(mean, max(0.0, mean - half), mean + half)
 
 
+def _price(pools: Pools) -> tuple[float, int]:
+    return usd_per_hour_of(pools), gpus_of(pools)
+
+
+def _cheaper(pools: Pools, below: tuple[float, int], quick: Analytic, rate_rps: float) -> Pools:
+    """Without the replicas, those that the quick judge misses least, that make it as dear as what was found already, or dearer;
+    empty when it cannot be cheaper. What cannot win need not be judged."""
+    while pools and _price(pools) >= below:
+        pools = max(_fewer(pools), key=lambda fewer: quick(fewer, rate_rps).joint, default=())
+    return pools
+
+
 def _mend(
-    pools: Pools, rate_rps: float, judge: Evaluate, settings: Settings, on_step: Callable[[str], None]
+    pools: Pools, below: tuple[float, int], rate_rps: float, judge: Evaluate, settings: Settings
 ) -> tuple[Pools, Attainment]:
-    """One replica more where the worst limit is missed; one less while the limits are met; the smallest that meets them."""
+    """One replica more where the worst limit is missed, as long as it stays cheaper than `below`; one less while the limits are
+    met; the smallest that meets them."""
     attained = judge(pools, rate_rps, settings.seeds[0])
-    on_step(_named(pools))
     best: tuple[Pools, Attainment] = (pools, attained)
     for _ in range(settings.mends):
         met = best[1].joint >= settings.share
         options = _fewer(best[0]) if met else [_more(best[0], best[1].worst)]
         better: tuple[Pools, Attainment] | None = None
         for option in options:
-            if shortage(option):
+            if shortage(option) or _price(option) >= below:
                 continue
             tried = judge(option, rate_rps, settings.seeds[0])
-            on_step(_named(option))
             if tried.joint >= settings.share if met else tried.joint > best[1].joint:
                 better = (option, tried)
                 break
@@ -193,26 +240,29 @@ def _changed(pools: Pools, at: int, by: int) -> Pools:
     return tuple(pool for pool in changed if pool.replicas)
 
 
-def _goodput_rps(
-    pools: Pools, rate_rps: float, judge: Evaluate, settings: Settings, seed: int, on_step: Callable[[str], None]
-) -> float:
-    """The highest rate that attains the limits: doubled or halved from the demand, then halved in between."""
+def _goodput_at(pools: Pools, rate_rps: float, begin: int, judge: Evaluate, settings: Settings, seed: int) -> int | None:
+    """The highest rate that attains the limits, as the number of steps above the demand of `rate_rps`; None when that is less
+    than a 64th of it. No more than 16 times the demand is tried. Looked for from `begin` on: away from it in growing strides,
+    then halved in between, so that the beginning changes the effort alone.
+    """
+    lowest, highest = (round(math.log(bound, 1 + settings.step)) for bound in (1 / 64, 16))
 
-    def met(rate: float) -> bool:
-        on_step(f"goodput at {rate:.3g}/s, seed {seed}")
-        return judge(pools, rate, seed).joint >= settings.share
+    def met(at: int) -> bool:
+        return judge(pools, rate_rps * (1 + settings.step) ** at, seed).joint >= settings.share
 
-    low, high = rate_rps, rate_rps
-    if met(rate_rps):
-        while high < 16 * rate_rps and met(high := 1.25 * low):
-            low = high
+    low, high, stride = begin, begin, 2
+    if met(begin):
+        while low == high < highest:
+            high = min(low + stride, highest)
+            low, stride = high if met(high) else low, 2 * stride
     else:
-        while low > rate_rps / 64 and not met(low := low / 1.25):
-            high = low
-        if low <= rate_rps / 64:
-            return 0.0
-    while high > low * (1 + settings.step):
-        middle = math.sqrt(low * high)
+        while low == high:
+            if high <= lowest:
+                return None
+            low = max(high - stride, lowest)
+            high, stride = high if met(low) else low, 2 * stride
+    while high - low > 1:
+        middle = (low + high) // 2
         low, high = (middle, high) if met(middle) else (low, middle)
     return low
 

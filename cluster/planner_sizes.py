@@ -40,9 +40,10 @@ class _Kind(NamedTuple):
 def candidates(
     workload: Workload, offers: Sequence[Offer], slo: Slo, quick: Analytic, rate_rps: float, share: float, count: int
 ) -> list[Pools]:
-    """The cheapest of each way to split or not to split, `count` in all; empty when nothing meets the limits."""
+    """The cheapest of each way to split or not to split, `count` different ones; empty when nothing meets the limits."""
     found: list[tuple[float, int, int, Pools]] = []
-    for pools in (*_split(workload, offers, slo, quick, rate_rps, share), *_colocated(offers, quick, rate_rps, share)):
+    sized = (*_split(workload, offers, slo, quick, rate_rps, share), *_colocated(offers, quick, rate_rps, share))
+    for pools in dict.fromkeys(sized):  # small pools are the same under several rules and mixes of markets
         found.append((usd_per_hour_of(pools), gpus_of(pools), len(found), pools))
     best = heapq.nsmallest(count, found)
     kinds = {pools[0].role is WorkerRole.COLOCATED for *_, pools in best}

@@ -64,7 +64,9 @@ def read_trace(
 
 _NO_TIMES = "lengths and no times of arrival; give a rate: sim.rate_rps, or --rate of `tandem plan` and `tandem bench`"
 _TIMES = "times of arrival of its own; scale its rate instead"
-_NO_OUTPUTS = "no column output_tokens; say how long answers are: sim.output_tokens, or --output-tokens of `tandem bench`"
+_NO_OUTPUTS = (
+    "no column output_tokens; say how long answers are: sim.output_tokens, --output-tokens of `tandem bench` or `plan`"
+)
 _OUTPUTS = "lengths of answers of its own"
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.closed_forms import single_ttft_s
-from cluster.planner import Plan, Settings, interval_of, plan
+from cluster.planner import Plan, Settings, _goodput_at, interval_of, plan
 from cluster.planner_analytic import Analytic
 from cluster.planner_model import Arriving, Layout
 from cluster.planner_nearest import nearest
@@ -159,6 +159,41 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert found.goodput_rps.low < found.goodput_rps.mean < found.goodput_rps.high
     assert interval_of([5.0]) == (interval_of([5.0, 5.0]))
     assert interval_of([1.0, 2.0, 3.0]).high == pytest.approx(2 + 4.303 / 3**0.5)
+
+
+def test_few_simulations_are_asked_for_none_twice_and_what_is_left_is_known() -> None:
+    work = workload()
+    quick = Analytic(work, LOOSE)
+    asked: list[tuple[Pools, float, int]] = []
+    left: list[int] = []
+
+    def kinder(pools: Pools, rate_rps: float, seed: int) -> Attainment:
+        asked.append((pools, rate_rps, seed))
+        return quick(pools, (0.4 + 0.01 * seed) * rate_rps)
+
+    kinds = [offer(), offer("small", 2.0, 2.5), offer("spot", on_demand=Terms(4.0), spot=Terms(2.0, None, 0.1, 30.0, 180.0))]
+    found = plan(work, kinds, LOOSE, kinder, Settings(), lambda what, more: left.append(more))
+    assert found is not None
+    assert found.meets
+    assert len(set(asked)) == len(asked) == len(left), "each is told of, and none is asked twice"
+    assert len(asked) <= 30
+    off = [abs(more - (len(asked) - number)) for number, more in enumerate(left)]
+    assert max(off) <= 12, off
+    assert off[-1] <= 3, off
+    served = [pools for pools, rate_rps, seed in asked if rate_rps == work.rate_rps and seed == 0]
+    dearest = max(usd_per_hour_of(pools) for pools in served[1:])
+    assert found.usd_per_hour <= dearest
+
+
+@given(st.integers(-60, 50), st.floats(0.02, 15.0))
+def test_where_the_search_of_goodput_begins_changes_nothing_of_what_it_finds(begin: int, factor: float) -> None:
+    def judge(pools: Pools, rate_rps: float, seed: int) -> Attainment:
+        share = 1.0 if rate_rps <= factor * 20.0 else 0.5
+        return Attainment(share, share, share, share)
+
+    at = _goodput_at((), 20.0, begin, judge, Settings(), 0)
+    assert at is not None
+    assert 1.05**at <= factor < 1.05 ** (at + 1) or at == 57
 
 
 @given(st.floats(0.5, 200.0), st.sampled_from([LOOSE, TIGHT]), st.sampled_from([None, 4, 40]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from cli import plan_progress
 from cli.main import app
 from cli.plan_plots import around, goodput_rps
 from cluster.planner_analytic import Analytic
@@ -102,6 +104,28 @@ def test_a_plan_is_written_as_promised(tmp_path: Path) -> None:
     assert report["meets_slo"]
     assert report["cost_usd_per_hour"] == 2.0 * report["gpus"]
     assert report["goodput_rps"] >= 0.95 * report["demand_rps"]
+
+
+def test_a_file_without_answers_is_told_how_long_they_are(tmp_path: Path) -> None:
+    (tmp_path / "asked.csv").write_text("\n".join(["arrival_s,input_tokens", *(f"{n / 5},700" for n in range(250))]))
+    files = ["--trace", str(tmp_path / "asked.csv"), "--gpus", written(tmp_path, one_gpu())]
+    asked = ["plan", *files, "--slo-ttft", "2", "--slo-tbt", "0.2", "--quick", "--json", "-"]
+    unsaid = CliRunner().invoke(app, asked)
+    assert unsaid.exit_code == 2
+    assert "--output-tokens" in unsaid.output
+    few, many = (json.loads(CliRunner().invoke(app, [*asked, "--output-tokens", count]).stdout) for count in ("20", "2000"))
+    assert few["meets_slo"]
+    assert many["meets_slo"]
+    assert few["cost_usd_per_hour"] < many["cost_usd_per_hour"]
+
+
+def test_a_plan_that_takes_long_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_progress, "LINE_EVERY_S", 0.0)
+    result, report = asked(tmp_path, "--slo-ttft", "2", "--slo-tbt", "0.2", "--seeds", "1", "--window", "5")
+    assert report["meets_slo"], result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("tandem: planning for")]
+    assert re.search(r"simulation 1 of about \d+ \(\d+ ", lines[0])
+    assert re.search(r"simulation \d+ of about \d+, about \d:\d\d left \(.* at \S+/s, part 0\)$", lines[-1])
 
 
 def test_the_router_in_the_loop_agrees_on_a_demand_that_is_easy(tmp_path: Path) -> None:
