@@ -107,6 +107,19 @@ def test_a_stale_report_does_not_make_a_worker_look_idle():
     assert chosen("least_load", situation(*workers)) == "p1"
 
 
+def test_negative_load_is_none_and_makes_nobody_else_look_idle():
+    """The old report of p1 counts as the mean of the pool: not as less because p0 reports what cannot be."""
+    nonsense = {"waiting_tokens": -(10**6), "running": -7, "waiting": -7, "context_tokens": -(10**6)}
+    workers = (worker("p0", P, **nonsense), worker("p1", P, age_s=10.0), worker("p2", P, waiting_tokens=300), worker("d0", D))
+    claims = Claims()
+    claims.swap(NO_CLAIM, Claim("p0", 150, "d0", 150))
+    here = situation(*workers, claims=claims)
+    assert here.prefill.waiting_tokens.tolist() == [150, 100, 300]
+    assert (here.prefill.running >= 0).all()
+    assert (here.prefill.context >= 0).all()
+    assert chosen("least_load", here) == "p1"
+
+
 def test_claims_move_the_columns_without_a_new_view():
     claims, here = Claims(), None
     here = situation(*pool(2), claims=claims)
