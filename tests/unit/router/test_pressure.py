@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -66,6 +67,12 @@ def test_pressures_are_what_they_say():
     assert pressure_of(situation(*PROMPTS), 5.0, 0.25).prefill > 1.0
     assert pressure_of(situation(*STREAMS), 5.0, 0.25).decode == 1.0
     assert pressure_of(situation(), 5.0, 0.25) == (pressure_of(situation(worker("p0", P)), 5.0, 0.25))
+
+
+def test_a_worker_that_names_no_memory_is_not_in_the_way_of_judging_it():
+    unsaid = [replace(one, blocks_total=0, blocks_free=0) for one in IDLE]
+    assert pressure_of(situation(*unsaid), 5.0, 0.25).decode == 1.0, "no room is known"
+    assert pressure_of(situation(*unsaid[:3], IDLE[3]), 5.0, 0.25).decode == 0.5
 
 
 @pytest.mark.parametrize(
