@@ -16,6 +16,7 @@ from cluster.planner_analytic import Analytic
 from cluster.planner_model import Arriving, Layout
 from cluster.planner_nearest import nearest
 from cluster.planner_offers import Attainment, Market, Offer, Pool, Pools, Terms, Workload, gpus_of, shortage, usd_per_hour_of
+from cluster.planner_sizes import candidates
 from core.cost_model import CostModel, LinkCost, StepCost
 from core.errors import ConfigError
 from core.request import Slo, WorkerRole
@@ -180,9 +181,19 @@ def test_few_simulations_are_asked_for_none_twice_and_what_is_left_is_known() ->
     off = [abs(more - (len(asked) - number)) for number, more in enumerate(left)]
     assert max(off) <= 12, off
     assert off[-1] <= 3, off
-    served = [pools for pools, rate_rps, seed in asked if rate_rps == work.rate_rps and seed == 0]
-    dearest = max(usd_per_hour_of(pools) for pools in served[1:])
-    assert found.usd_per_hour <= dearest
+    best = (float("inf"), 0)
+    for pools, rate_rps, seed in asked:
+        if rate_rps == work.rate_rps and seed == 0:
+            price = usd_per_hour_of(pools), gpus_of(pools)
+            assert price < best, "what is no cheaper than pools that serve cannot win"
+            best = price if quick(pools, 0.4 * rate_rps).joint >= 0.9 else best
+
+
+def test_what_is_looked_at_closer_is_not_the_same_twice() -> None:
+    work = workload(20.0)
+    kinds = [offer(spot=Terms(2.0)), offer("small", 2.0, 2.5, spot=Terms(1.2))]
+    found = candidates(work, kinds, LOOSE, Analytic(work, LOOSE), work.rate_rps, 0.9, 6)
+    assert len(found) == len(set(found)) == 6
 
 
 @given(st.integers(-60, 50), st.floats(0.02, 15.0))
