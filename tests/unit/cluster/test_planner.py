@@ -192,7 +192,7 @@ def test_few_simulations_are_asked_for_none_twice_and_what_is_left_is_known() ->
 def test_what_is_looked_at_closer_is_not_the_same_twice() -> None:
     work = workload(20.0)
     kinds = [offer(spot=Terms(2.0)), offer("small", 2.0, 2.5, spot=Terms(1.2))]
-    found = candidates(work, kinds, LOOSE, Analytic(work, LOOSE), work.rate_rps, 0.9, 6)
+    found = candidates(work, kinds, LOOSE, Analytic(work, LOOSE), 20.0, 0.9, 6)
     assert len(found) == len(set(found)) == 6
 
 
