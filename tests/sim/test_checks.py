@@ -53,6 +53,18 @@ def test_a_partition_is_noticed_and_healed():
     assert result.report["failovers"] > 0
 
 
+def test_workers_of_whom_nothing_is_heard_are_replaced_and_most_reports_are_enough():
+    config = Config.model_validate(TREE | {"cluster": {"heartbeat_s": 0.2, "dead_after_s": 1.5}})
+
+    def lost(share: float) -> tuple[int, bool]:
+        faults = [Fault(1.0, "lose_reports", for_s=6.0, share=share)]
+        report = simulate(config, ARRIVALS, "least_load", 3, faults=faults, checks=True, model=MODEL).report
+        return report["completed"], report["failovers"] > 0
+
+    assert lost(1.0) == (len(ARRIVALS), True)
+    assert lost(0.1) == (len(ARRIVALS), False)
+
+
 @pytest.mark.parametrize("seed", [70028, 70048, 70198, 70134])
 def test_what_once_broke_a_rule_does_not_again(seed):
     """A directory that was lost is not told what is gone; a puller whose last word was lost does not keep its export."""
