@@ -55,7 +55,7 @@ COPIED_WORKLOAD = Workload("copied", "Azure conversation, quantiles of its lengt
 
 @lru_cache(maxsize=2)
 def excerpt(workload: Workload, data: Path | None, quick: bool) -> tuple[Arrival, ...]:
-    """Some of its requests, the first one at time 0. Raises ConfigError as `sim.traces.read_trace` does, and for an empty one."""
+    """Some of its requests, the first one at time 0. Raises ConfigError as `read_trace` does, and where there are none."""
     count = workload.quick_requests if quick else workload.requests
     taken = list(islice(_whole(workload, data, workload.skip + count), workload.skip, workload.skip + count))
     if len(taken) < 2:
