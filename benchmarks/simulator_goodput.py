@@ -72,7 +72,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(FIRST_LOOK, FIRST_CHUNKS, RIVALS, 1, on_theirs=False),
+    "quick": Effort(FIRST_LOOK, FIRST_CHUNKS, RIVALS, 2, on_theirs=False),
     "medium": Effort(SHAPES[True], CHUNKS[True], OTHERS, 2),
     "whole": Effort(SHAPES[False], CHUNKS[False], OTHERS, 4),
 }
