@@ -42,6 +42,11 @@ class Slo:
     tbt_s: float | None = None
     tpot_s: float | None = None
 
+    @property
+    def gap_s(self) -> float | None:
+        """The stricter of the two limits of token gaps; None where there is none."""
+        return min((limit for limit in (self.tbt_s, self.tpot_s) if limit is not None), default=None)
+
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:

@@ -9,19 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from router.policy import Candidate, Decision, Need
+from router.ranking import NEAR
 
 HOLD_FROM = 0.5
 """Part of the limit of gaps that is predicted to be used, from which on the first token waits."""
-SPENT = 0.9
-"""Part of the limit of the first token that waiting may use up: predictions err."""
 
 
 def paced(need: Need, decision: Decision) -> Decision:
     """With the time until which the first token may be kept, and with what is predicted when it is."""
-    gap_limits = [limit for limit in (need.slo.tbt_s, need.slo.tpot_s) if limit is not None]
-    if not decision.candidates or not gap_limits or need.slo.ttft_s is None:
+    limit_s, ttft_s = need.slo.gap_s, need.slo.ttft_s
+    if not decision.candidates or limit_s is None or ttft_s is None:
         return decision
-    from_s, kept_s = HOLD_FROM * min(gap_limits), SPENT * need.slo.ttft_s
+    from_s, kept_s = HOLD_FROM * limit_s, NEAR * ttft_s
     late = [_late(one, from_s) for one in decision.candidates]
     if not any(late):
         return decision

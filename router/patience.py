@@ -60,10 +60,9 @@ def calm(prefill: Pool, rows: Rows, need: Need) -> Rows:
 def crowded(best: Ranked, candidate: Candidate, need: Need) -> bool:
     """Whether gaps would be over the limit where it goes, for it and for those who run there. A limit that nobody keeps even
     alone is none."""
-    limits = [limit for limit in (need.slo.tbt_s, need.slo.tpot_s) if limit is not None]
-    if not limits or not best.runs_beside():
+    limit_s = need.slo.gap_s
+    if limit_s is None or not best.runs_beside():
         return False
-    limit_s = min(limits)
     return candidate.step_s > GAP_FILLED * limit_s and candidate.standard_gap_s <= limit_s
 
 

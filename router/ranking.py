@@ -22,10 +22,9 @@ class Goal(NamedTuple):
 
     @staticmethod
     def of(need: Need) -> Goal:
-        gaps = [limit for limit in (need.slo.tbt_s, need.slo.tpot_s) if limit is not None]
-        ttft_s = need.slo.ttft_s or math.inf
+        ttft_s, gap_s = need.slo.ttft_s or math.inf, need.slo.gap_s
         tenth = 1 / max(1.0, need.output_tokens / 10)
-        return Goal(NEAR * ttft_s, NEAR * min(gaps) if gaps else math.inf, need.output_tokens, tenth)
+        return Goal(NEAR * ttft_s, math.inf if gap_s is None else NEAR * gap_s, need.output_tokens, tenth)
 
     def unhurried(self) -> Goal:
         """Without the limit of the first token."""

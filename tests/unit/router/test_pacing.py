@@ -10,8 +10,9 @@ from journey_script import DONE_PREFILL, GRANTED, JOINED, OPENED, RETRY, command
 from core.request import FinishReason, Slo
 from router import events as ev
 from router.journey import Journey
-from router.pacing import HOLD_FROM, SPENT, paced
+from router.pacing import HOLD_FROM, paced
 from router.policy import Candidate, Decision, Need, Nobody, Pair
+from router.ranking import NEAR
 
 NOW = 100.0
 HELD = ev.Placed("p", "d", hold_until=5.0)
@@ -34,14 +35,14 @@ def decision(*candidates: Candidate) -> Decision:
 @pytest.mark.parametrize(
     ("asked", "chosen", "until"),
     [
-        (need(), candidate(), NOW + SPENT),
-        (need(ttft_s=0.5), candidate(), NOW + SPENT * 0.5),
+        (need(), candidate(), NOW + NEAR),
+        (need(ttft_s=0.5), candidate(), NOW + NEAR * 0.5),
         (need(ttft_s=None), candidate(), None),  # has tokens out, or nobody cares
         (need(tbt_s=None), candidate(), None),
-        (need(tbt_s=None, tpot_s=0.05), candidate(), NOW + SPENT),
+        (need(tbt_s=None, tpot_s=0.05), candidate(), NOW + NEAR),
         (need(tbt_s=0.07), candidate(), None),  # far from its limit
         (need(), candidate(prefill=None), None),  # nothing is handed over
-        (need(tbt_s=0.001), candidate(ttft_s=3.0), NOW + SPENT),  # predictions err: it may be in time
+        (need(tbt_s=0.001), candidate(ttft_s=3.0), NOW + NEAR),  # predictions err: it may be in time
     ],
 )  # fmt: skip
 def test_who_is_kept_and_until_when(asked: Need, chosen: Candidate, until: float | None):
