@@ -43,7 +43,7 @@ OURS = "goodput"
 CHUNKED = "least_load"
 OTHERS = tuple(name for name in POLICIES if name != OURS)
 RIVALS = ("least_load", "conductor")
-"""The best other policy, or within 3 % of it, on every trace."""
+"""One of them is the best other policy, or within 1 % of it, on every trace."""
 MACHINES = 4
 CHUNKS = {True: (128, 256, 512), False: (64, 128, 256, 512, 1024)}
 SHAPES = {
